@@ -1,0 +1,48 @@
+"""Counter-based randomness: every draw is a pure function of (seed, purpose, index).
+
+No generator state is carried along, so what a sample draws does not depend on the rank, the world size, the batch size, the
+order of calls, or on how often a run was stopped. The generator is NumPy's Philox, a counter-based one: the seed and the
+purpose are its key, the sample's index its counter (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Stream(IntEnum):
+    """What a draw is for. Each purpose has its own stream, so adding one never shifts the others."""
+
+    TRAINING_NOISE = 0
+    TIMESTEP = 1
+    CONDITION_DROP = 2
+    FLIP = 3
+    DATA_ORDER = 4
+    SAMPLING_NOISE = 5
+
+
+def generator(seed: int, stream: Stream, index: int) -> np.random.Generator:
+    """Return the generator of one (seed, purpose, index).
+
+    Args:
+        seed: the run's seed, >= 0.
+        stream: what the draw is for.
+        index: which draw of that purpose: a global sample index, an epoch, an image number; >= 0.
+    """
+    # The index goes into the counter's high words: the low word is left to count the draws made at this index.
+    return np.random.Generator(np.random.Philox(key=[seed, int(stream)], counter=[0, 0, 0, index]))
+
+
+def standard_normal(seed: int, stream: Stream, index: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Return N(0, I) noise of the given shape, float32."""
+    return generator(seed, stream, index).standard_normal(shape, dtype=np.float32)
+
+
+def uniform(seed: int, stream: Stream, index: int) -> float:
+    """Return one uniform draw in [0, 1)."""
+    return float(generator(seed, stream, index).random())
+
+
+def permutation(seed: int, stream: Stream, index: int, length: int) -> np.ndarray:
+    """Return a random order of range(length), int64."""
+    return generator(seed, stream, index).permutation(length)
