@@ -10,10 +10,12 @@ image. transformers' own Qwen2-VL is run once per prompt; what each generation l
 Shapes: P prompts, B batch, S context tokens, D hidden, G kv heads, E head_dim.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention import ContextKeyValues
@@ -55,12 +57,32 @@ class Context:
         """Return this context with its states moved or cast as by ``Tensor.to``; mask and positions keep their type."""
 
         def move(state):
-            return tuple(s.to(*args, **kwargs) for s in state) if isinstance(state, tuple) else state.to(*args, **kwargs)
+            return (
+                tuple(s.to(*args, **kwargs) for s in state) if isinstance(state, tuple) else state.to(*args, **kwargs)
+            )
 
         states = {layer: move(state) for layer, state in self.states.items()}
         first = next(iter(states.values()))
         device = (first[0] if isinstance(first, tuple) else first).device
         return Context(states=states, mask=self.mask.to(device), position_ids=self.position_ids.to(device))
+
+    def concatenate(self, other: "Context") -> "Context":
+        """Return the prompts of this context followed by those of another, the shorter padded on the right."""
+        length = max(self.mask.shape[1], other.mask.shape[1])
+
+        def pad(x: Tensor, dim: int) -> Tensor:  # appends zeros; a False in the mask hides them
+            return F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, length - x.shape[dim]))
+
+        def join(a, b):
+            if isinstance(a, tuple):
+                return tuple(torch.cat([pad(x, 2), pad(y, 2)]) for x, y in zip(a, b, strict=True))
+            return torch.cat([pad(a, 1), pad(b, 1)])
+
+        return Context(
+            states={layer: join(state, other.states[layer]) for layer, state in self.states.items()},
+            mask=torch.cat([pad(self.mask, 1), pad(other.mask, 1)]),
+            position_ids=torch.cat([pad(self.position_ids, 2), pad(other.position_ids, 2)], dim=1),
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -92,9 +114,7 @@ def tokenize_prompts(tokenizer, prompts: Sequence[str]) -> dict[str, Tensor]:
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
 
-def encode_context(
-    vlm, inputs: Mapping[str, Tensor], projection: str, layers: Iterable[int] | None = None
-) -> Context:
+def encode_context(vlm, inputs: Mapping[str, Tensor], projection: str, layers: Iterable[int] | None = None) -> Context:
     """Run the VLM once over tokenized prompts and keep what the generation layers read. Differentiable.
 
     Args:
@@ -149,21 +169,13 @@ def build_context_cache(
     inputs = tokenize_prompts(tokenizer, prompts)
     device = vlm.device
     chunks = [
-        encode_context(vlm, {k: v[i : i + batch_size].to(device) for k, v in inputs.items()}, projection).to(dtype=dtype)
+        encode_context(vlm, {k: v[i : i + batch_size].to(device) for k, v in inputs.items()}, projection).to(
+            dtype=dtype
+        )
         for i in range(0, len(prompts), batch_size)
     ]
 
-    def join(layer):
-        parts = [chunk.states[layer] for chunk in chunks]
-        if isinstance(parts[0], tuple):
-            return tuple(torch.cat(p) for p in zip(*parts, strict=True))
-        return torch.cat(parts)
-
-    return Context(
-        states={layer: join(layer) for layer in chunks[0].states},
-        mask=torch.cat([chunk.mask for chunk in chunks]),
-        position_ids=torch.cat([chunk.position_ids for chunk in chunks], dim=1),
-    )
+    return functools.reduce(Context.concatenate, chunks)
 
 
 def as_key_values(context: Context) -> dict[int, ContextKeyValues]:

@@ -202,7 +202,9 @@ class LatteFlowModel(PreTrainedModel):
             ValueError: for Couple, whose VLM is not part of the model.
         """
         if self.config.variant != "blend":
-            raise ValueError("context: a Couple model holds no VLM; compute it with model.context.encode_context(vlm, ...)")
+            raise ValueError(
+                "context: a Couple model holds no VLM; compute it with model.context.encode_context(vlm, ...)"
+            )
         return encode_context(self.vlm, prompt_inputs, self.config.context_projection)
 
     def project_context(self, context: Context) -> dict[int, ContextKeyValues]:

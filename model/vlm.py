@@ -120,7 +120,9 @@ def load_vlm(path: str | Path, dtype: torch.dtype | None = None):
         ValueError: when the path is a folder without config.json, or holds another kind of model.
     """
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"vlm.path: {path} has no config.json; accepted: a folder written by save_pretrained, or a hub id")
+        raise ValueError(
+            f"vlm.path: {path} has no config.json; accepted: a folder written by save_pretrained, or a hub id"
+        )
     try:
         vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype or "auto")
         tokenizer = AutoTokenizer.from_pretrained(path)
