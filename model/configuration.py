@@ -1,5 +1,7 @@
 """LatteFlowConfig: everything that defines the network, with the paper's values (or our decided ones) as defaults."""
 
+from typing import Literal
+
 from transformers import AutoConfig, PretrainedConfig
 
 from model.attention import AttentionSpec
@@ -58,19 +60,19 @@ class LatteFlowConfig(PretrainedConfig):
         self,
         vlm_config=None,
         *,
-        variant: str = "couple",
-        shared_modules: tuple[str, ...] | list[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+        variant: Literal["couple", "blend"] = "couple",
+        shared_modules: list[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
         num_groups: int = 4,
         timestep_overlap: float = 100.0,
         timestep_boundaries: list[float] | None = None,
-        group_io: str = "shared",
+        group_io: Literal["shared", "per_group"] = "shared",
         residual_attention: bool = True,
-        residual_source: str = "raw",
-        residual_space: str = "logits",
-        attention_backend: str = "auto",
-        context_projection: str = "generation",
+        residual_source: Literal["raw", "accumulated"] = "raw",
+        residual_space: Literal["logits", "probabilities"] = "logits",
+        attention_backend: Literal["auto", "reference", "sdpa", "flash"] = "auto",
+        context_projection: Literal["generation", "vlm"] = "generation",
         post_norm: bool = True,
-        modulation: str = "four",
+        modulation: Literal["four", "six"] = "four",
         latent_channels: int = 32,
         latent_size: tuple[int, int] | list[int] = (8, 8),
         patch_size: int = 1,

@@ -51,6 +51,12 @@ class LayerConditioning:
     residual_gate: Tensor | None
 
 
+def set_initial_std(linear: nn.Linear, std: float) -> nn.Linear:
+    """Have LatteFlowModel initialise a linear's weight as N(0, std^2) and its bias as zero (its ``_init_weights``)."""
+    linear.initial_std = std
+    return linear
+
+
 def _modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
     return x if shift is None else (1 + scale) * x + shift
 
@@ -88,18 +94,12 @@ class GenerationLayer(nn.Module):
         else:
             self.attention_post_norm = self.mlp_post_norm = nn.Identity()
         vectors = {"four": 4, "six": 6}[config.modulation]
-        self.modulation = nn.Linear(text.hidden_size, vectors * text.hidden_size)
+        # Zero: a new layer is the identity, and its attention plain (section 4).
+        self.modulation = set_initial_std(nn.Linear(text.hidden_size, vectors * text.hidden_size), 0.0)
         self.residual_gate = None
         if config.residual_attention and not config.timestep_experts().is_first_in_group(layer_idx):
-            self.residual_gate = nn.Linear(text.hidden_size, text.num_attention_heads, bias=False)
-        self.zero_initialise()
-
-    def zero_initialise(self) -> None:
-        """Set the modulation and the residual gate to zero: the layer is the identity, its attention plain (section 4)."""
-        for linear in (self.modulation, self.residual_gate):
-            if linear is not None:
-                for parameter in linear.parameters():
-                    nn.init.zeros_(parameter)
+            gate = nn.Linear(text.hidden_size, text.num_attention_heads, bias=False)
+            self.residual_gate = set_initial_std(gate, 0.0)
 
     def copy_from(self, vlm_layer: nn.Module) -> None:
         """Copy the weights of a transformers Qwen2VLDecoderLayer into the submodules that are this layer's own.

@@ -20,7 +20,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm, Qwen2
 from model.attention import ContextKeyValues, Residual
 from model.configuration import LatteFlowConfig
 from model.context import Context, as_key_values, encode_context
-from model.generation_layer import GenerationLayer
+from model.generation_layer import GenerationLayer, set_initial_std
 from model.position import rotary_2d
 
 
@@ -37,19 +37,16 @@ class ImageIO(nn.Module):
         patch_channels = config.latent_channels * config.patch_size**2
         self.patch_size = config.patch_size
         self.token_grid = config.token_grid
-        self.patch_embed = nn.Linear(patch_channels, hidden)
         self.timestep_features = Timesteps(config.timestep_frequencies, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(config.timestep_frequencies, hidden)
+        self.patch_embed = nn.Linear(patch_channels, hidden)
         self.head_norm = Qwen2VLRMSNorm(hidden, eps=config.text_config.rms_norm_eps)
-        self.head_modulation = nn.Linear(hidden, 2 * hidden)
-        self.head = nn.Linear(hidden, patch_channels)
-        self.zero_initialise()
-
-    def zero_initialise(self) -> None:
-        """Set the head to zero."""
-        for linear in (self.head_modulation, self.head):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        self.head_modulation = set_initial_std(nn.Linear(hidden, 2 * hidden), 0.0)
+        self.head = set_initial_std(nn.Linear(hidden, patch_channels), 0.0)
+        # Tokens and h_t get unit scale at any width: at transformers' fixed 0.02 the time embedding of a narrow model would be
+        # near zero, and so would everything that it modulates.
+        for linear in (self.patch_embed, self.time_embed.linear_1, self.time_embed.linear_2):
+            set_initial_std(linear, linear.in_features**-0.5)
 
     def embed(self, noisy_latents: Tensor) -> Tensor:
         """Cut latents [B, C, H, W] into patches and embed them as tokens [B, N, D]."""
@@ -266,9 +263,14 @@ class LatteFlowModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """transformers' hook: called for every module when a model is built or its missing parts are filled in."""
-        super()._init_weights(module)
-        if isinstance(module, GenerationLayer | ImageIO):
-            module.zero_initialise()
+        std = getattr(module, "initial_std", None)
+        if std is None:
+            super()._init_weights(module)
+        else:
+            # These functions leave weights alone that were loaded from a checkpoint: transformers guards them.
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         if module is self:
             for buffer, value in zip((self.image_cos, self.image_sin), self._image_rotary(), strict=True):
                 if buffer.device.type != "meta":
