@@ -285,7 +285,7 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
 
 
 def _instantiate(parser: ArgumentParser, namespace: Namespace) -> TrainingConfig:
-    model = namespace.model.as_dict()
+    model = _plain(namespace.model.as_dict())
     fields = parser.instantiate_classes(namespace)
     names = [f.name for f in dataclasses.fields(TrainingConfig) if f.name != "model"]
     return TrainingConfig(**{name: fields[name] for name in names}, model=model)

@@ -49,11 +49,6 @@ class AdamWWithEMA(torch.optim.AdamW):
         return loss
 
 
-def ema_decay_at(step: int, decay: float) -> float:
-    """Return d_n of update n = step (AdamWWithEMA)."""
-    return min(decay, (1 + step) / (10 + step))
-
-
 @contextmanager
 def ema_weights(engine) -> Iterator[None]:
     """Run the body with the averaged weights in the model, and put the trained ones back afterwards, bit for bit.

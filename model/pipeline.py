@@ -1,0 +1,227 @@
+"""LatteFlowPipeline: prompts to pictures with everything that takes, and the folder that holds it.
+
+A model folder:
+
+    config.json, model.safetensors   the LatteFlowModel
+    pipeline.json                    prompt template, class names, codec, and where the VLM is
+    tokenizer/                       the VLM's tokenizer
+    vlm/                             the VLM, when it has no path of its own (the tiny one)
+
+A training output_dir keeps the same folder, without weights, as ``model/``.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from model.autoencoder import LatentCodec, load_codec
+from model.configuration import LatteFlowConfig
+from model.context import Context, encode_context, tokenize_prompts
+from model.images import to_uint8
+from model.latte_flow import LatteFlowModel
+from model.sampling import image_seeds, initial_noise, sample_latents
+from model.vlm import fingerprint, load_vlm
+
+PIPELINE_FILE = "pipeline.json"
+WEIGHTS_FILE = "model.safetensors"
+VLM_FOLDER = "vlm"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass
+class PipelineConfig:
+    """What a pipeline needs beside the networks' own configurations; the content of pipeline.json.
+
+    Attributes:
+        resolution: R, side of the images in pixels.
+        image_channels: c.
+        prompt_template: the user message; {} stands for the class name or the caption.
+        null_prompt: the user message of the null condition.
+        class_names: names of the classes, or None for free prompts.
+        codec: arguments of model.autoencoder.load_codec.
+        vlm_path: folder or hub id of the VLM; None when it lies in the model folder itself.
+        vlm_fingerprint: of the VLM's files when its path is a folder; see model.vlm.fingerprint.
+    """
+
+    resolution: int
+    image_channels: int
+    prompt_template: str
+    null_prompt: str
+    class_names: list[str] | None = None
+    codec: dict = field(default_factory=dict)
+    vlm_path: str | None = None
+    vlm_fingerprint: str | None = None
+
+
+class LatteFlowPipeline:
+    """Generates images from prompts or classes.
+
+    Args:
+        model: the network.
+        vlm: the VLM that gives the context; for Blend ``model.vlm``.
+        tokenizer: the VLM's.
+        codec: from latents to images.
+        config: prompts and names.
+    """
+
+    def __init__(self, model: LatteFlowModel, vlm, tokenizer, codec: LatentCodec, config: PipelineConfig):
+        self.model = model.eval()
+        self.vlm = vlm
+        self.tokenizer = tokenizer
+        self.codec = codec
+        self.config = config
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, weights: dict[str, Tensor] | None = None, dtype: torch.dtype | None = None
+    ) -> "LatteFlowPipeline":
+        """Load a model folder.
+
+        Args:
+            folder: what ``save_pretrained`` wrote.
+            weights: the network's state dict; None reads it from the folder's model.safetensors.
+            dtype: the type of all networks; None for float32.
+
+        Raises:
+            FileNotFoundError: when the folder is not a model folder, or holds no weights and none are given.
+            ValueError: when the VLM at the path noted in the folder is not the one the model was trained with.
+        """
+        folder = Path(folder)
+        if not (folder / PIPELINE_FILE).is_file():
+            raise FileNotFoundError(f"{folder / PIPELINE_FILE} not found; accepted: an exported model folder")
+        config = PipelineConfig(**json.loads((folder / PIPELINE_FILE).read_text()))
+        if weights is None:
+            if not (folder / WEIGHTS_FILE).is_file():
+                raise FileNotFoundError(f"{folder / WEIGHTS_FILE} not found; accepted: an exported model folder")
+            weights = load_file(folder / WEIGHTS_FILE)
+        model = LatteFlowModel(LatteFlowConfig.from_pretrained(folder))
+        load_weights(model, weights)
+        tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER_FOLDER)
+        if model.config.variant == "blend":
+            vlm = model.vlm
+        else:
+            vlm_path = config.vlm_path or folder / VLM_FOLDER
+            if config.vlm_fingerprint and Path(vlm_path).is_dir() and fingerprint(vlm_path) != config.vlm_fingerprint:
+                raise ValueError(f"vlm_path: {vlm_path} is not the VLM that this model was trained with (fingerprint differs)")
+            vlm, _ = load_vlm(vlm_path, dtype=dtype or torch.float32)
+        codec = load_codec(**config.codec, dtype=dtype)
+        return cls(model.to(dtype or torch.float32), vlm, tokenizer, codec, config)
+
+    def save_components(self, folder: str | Path) -> None:
+        """Write everything but the network's weights into a model folder; what is there already is replaced."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+        if self.config.vlm_path is None and self.model.config.variant == "couple":
+            self.vlm.save_pretrained(folder / VLM_FOLDER)
+        (folder / PIPELINE_FILE).write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a model folder that ``from_pretrained`` loads."""
+        self.save_components(folder)
+        self.model.save_pretrained(folder)
+
+    def to(self, device: torch.device | str) -> "LatteFlowPipeline":
+        """Move all networks to a device."""
+        for module in (self.model, self.vlm, self.codec):
+            module.to(device)
+        return self
+
+    @torch.inference_mode()
+    def encode_prompts(self, messages: Sequence[str]) -> Context:
+        """Return the context of user messages, on the model's device."""
+        inputs = {name: t.to(self.model.device) for name, t in tokenize_prompts(self.tokenizer, messages).items()}
+        return encode_context(self.vlm, inputs, self.model.config.context_projection)
+
+    def messages(self, prompts: Sequence[str | int]) -> list[str]:
+        """Return the user message of each prompt: a caption, or a class by its index.
+
+        Raises:
+            ValueError: when a class does not exist.
+        """
+        names = self.config.class_names
+        result = []
+        for prompt in prompts:
+            if isinstance(prompt, int):
+                if names is None or not 0 <= prompt < len(names):
+                    accepted = "none, this model takes prompts" if names is None else f"0 to {len(names) - 1}"
+                    raise ValueError(f"classes: {prompt} is no class of this model; accepted: {accepted}")
+                prompt = names[prompt]
+            result.append(self.config.prompt_template.format(prompt))
+        return result
+
+    def generate(
+        self,
+        prompts: Sequence[str | int],
+        *,
+        seed: int = 0,
+        first_image: int = 0,
+        num_steps: int = 40,
+        cfg_scale: float = 5.0,
+        solver: str = "euler",
+        progress: Callable[[Iterable], Iterable] = iter,
+    ) -> np.ndarray:
+        """Generate one image a prompt.
+
+        Args:
+            prompts: captions, or class indices.
+            seed: of the run; image i of a run depends on (seed, i) alone, whatever the batches.
+            first_image: i of the first image.
+            num_steps: steps of the sampler.
+            cfg_scale: classifier-free guidance; 1 is none.
+            solver: ``euler`` or ``heun``.
+            progress: wraps the iterable of steps, e.g. tqdm.
+
+        Returns:
+            Images as bytes, [B, R, R] (grey) or [B, R, R, 3].
+        """
+        noise_shape = (self.model.config.latent_channels, *self.model.config.latent_size)
+        messages = self.messages(prompts)
+        distinct = list(dict.fromkeys([*messages, self.config.null_prompt]))
+        context = self.encode_prompts(distinct)
+        rows = torch.tensor([distinct.index(message) for message in messages], device=self.model.device)
+        null_row = torch.tensor([distinct.index(self.config.null_prompt)], device=self.model.device)
+        latents = sample_latents(
+            self.model,
+            initial_noise(image_seeds(seed, first_image, len(messages)), noise_shape),
+            context.gather(rows),
+            context.gather(null_row),
+            num_steps=num_steps,
+            cfg_scale=cfg_scale,
+            solver=solver,
+            progress=progress,
+        )
+        return to_uint8(self.codec.decode(latents))
+
+
+def load_weights(model: LatteFlowModel, weights: dict[str, Tensor]) -> None:
+    """Load a state dict into a model; every parameter exactly once.
+
+    Raises:
+        ValueError: when a weight is missing, unknown or of another shape; the message names the first few.
+    """
+    # A tied weight is saved under one of its names; the others take it along.
+    own = model.state_dict(keep_vars=True)
+    names_of: dict[int, list[str]] = {}
+    for name, tensor in own.items():
+        names_of.setdefault(id(tensor), []).append(name)
+    missing = [names[0] for names in names_of.values() if not any(name in weights for name in names)]
+    unknown = [name for name in weights if name not in own]
+    wrong = [name for name in weights if name in own and weights[name].shape != own[name].shape]
+    for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong)):
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise ValueError(f"weights: {len(names)} {what}: {shown}; they are not of the model that config.json describes")
+    with torch.no_grad():
+        for names in names_of.values():
+            source = next(name for name in names if name in weights)
+            own[source].copy_(weights[source])

@@ -1,0 +1,246 @@
+"""Checkpoints: DeepSpeed's files, written under a commit protocol, and read back by a resuming run or by the tools.
+
+DeepSpeed's ``latest`` is no commit marker: rank 0 writes it before the other ranks' shards exist. So a checkpoint is saved into
+``step_XXXXXXX.partial``; when all ranks are done, every file's size and SHA-256 go into manifest.json, the folder is renamed into
+place, and only then does ``latest`` name it. A folder is a checkpoint exactly if its manifest verifies.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import zero_to_fp32
+from torch import Tensor
+
+from training.ema import EMA_KEY
+from training.errors import UserError
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+PARTIAL_SUFFIX = ".partial"
+WEIGHTS = ("ema", "model")
+
+
+def step_name(step: int) -> str:
+    """Return the folder name of a step's checkpoint."""
+    return f"step_{step:07d}"
+
+
+class CheckpointStore:
+    """The checkpoints of one run, shared by all ranks. Its methods are collective.
+
+    Args:
+        folder: ``output_dir/checkpoints``, on a file system that all ranks see.
+        keep_last: how many of the newest are kept; 0 keeps all.
+    """
+
+    def __init__(self, folder: Path, keep_last: int):
+        self.folder = folder
+        self.keep_last = keep_last
+
+    def save(self, engine, step: int, client_state: dict) -> Path:
+        """Write and commit a checkpoint of the engine; a committed one of this step is left as it is.
+
+        Args:
+            engine: the DeepSpeed engine.
+            step: optimizer steps done.
+            client_state: what the trainer needs to go on, beside the weights and the optimizer.
+
+        Returns:
+            The checkpoint's folder.
+        """
+        final = self.folder / step_name(step)
+        partial = final.with_name(final.name + PARTIAL_SUFFIX)
+        if self._agree(final.exists()):
+            return final
+        if _is_first_rank():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+        dist.barrier()
+        engine.save_checkpoint(str(self.folder), tag=partial.name, client_state=client_state, save_latest=False)
+        dist.barrier()
+        files = sorted(path for path in partial.iterdir() if path.is_file())
+        entries = _gather_dict({path.name: _describe(path) for path in _share(files)})
+        if _is_first_rank():
+            manifest = {"step": step, "world_size": dist.get_world_size(), "files": dict(sorted(entries.items()))}
+            _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
+            _sync(partial)
+            os.replace(partial, final)
+            _write_durably(self.folder / (LATEST + PARTIAL_SUFFIX), final.name)
+            os.replace(self.folder / (LATEST + PARTIAL_SUFFIX), self.folder / LATEST)
+            _sync(self.folder)
+            self._remove_old()
+        dist.barrier()
+        return final
+
+    def newest_valid(self) -> Path | None:
+        """Return the newest checkpoint whose manifest verifies, the same on all ranks; None when there is none at all.
+
+        Raises:
+            UserError: when there are checkpoints and every one is damaged: starting again from nothing would lose the run.
+        """
+        candidates = list_checkpoints(self.folder)
+        for path in reversed(candidates):
+            problems = _gather_dict(dict(_check_files(path, _share)))
+            if not problems:
+                return path
+            if _is_first_rank():
+                print(f"checkpoint {path} skipped: " + "; ".join(f"{k} {v}" for k, v in sorted(problems.items())))
+        if candidates:
+            raise UserError(f"{self.folder}: holds {len(candidates)} checkpoints and every one is damaged; none can be resumed")
+        return None
+
+    def load(self, engine, path: Path) -> dict:
+        """Load a checkpoint into the engine and return its client state.
+
+        Raises:
+            UserError: when it was written by another number of ranks.
+        """
+        world_size = read_manifest(path)["world_size"]
+        if world_size != dist.get_world_size():
+            raise UserError(
+                f"{path}: written by {world_size} ranks, this run has {dist.get_world_size()}; resume with {world_size}"
+            )
+        loaded, client_state = engine.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
+        if loaded is None:
+            raise UserError(f"{path}: DeepSpeed could not load it")
+        return client_state
+
+    def _remove_old(self) -> None:
+        if self.keep_last:
+            for path in list_checkpoints(self.folder)[: -self.keep_last]:
+                shutil.rmtree(path)
+
+    @staticmethod
+    def _agree(value: bool) -> bool:
+        """Return rank 0's view of a fact about the file system."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the committed checkpoints of a run, oldest first; partial ones are none."""
+    return sorted(path.parent for path in folder.glob(f"step_*/{MANIFEST}") if not path.parent.name.endswith(PARTIAL_SUFFIX))
+
+
+def read_manifest(path: Path) -> dict:
+    """Return a checkpoint's manifest: step, world_size, files.
+
+    Raises:
+        UserError: when it is missing or not what ``save`` writes.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if not isinstance(manifest["step"], int) or not isinstance(manifest["files"], dict):
+            raise KeyError("step, files")
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / MANIFEST}: missing or damaged ({error})") from error
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint folder that a path means: a step's folder, or the newest valid one of an output_dir.
+
+    Raises:
+        UserError: when there is none.
+    """
+    if (path / MANIFEST).is_file():
+        problems = dict(_check_files(path, list))
+        if problems:
+            raise UserError(f"{path}: damaged: " + "; ".join(f"{name} {what}" for name, what in problems.items()))
+        return path
+    for candidate in reversed(list_checkpoints(path / "checkpoints")):
+        if not dict(_check_files(candidate, list)):
+            return candidate
+    raise UserError(f"{path}: holds no valid checkpoint; accepted: a training output_dir, or one step's folder of it")
+
+
+def read_weights(path: Path, which: str) -> dict[str, Tensor]:
+    """Read the float32 weights of a checkpoint from its ZeRO shards, on the CPU.
+
+    Args:
+        path: a checkpoint's folder.
+        which: ``ema``, the averaged weights, or ``model``, the trained ones.
+
+    Returns:
+        Parameter and buffer name -> tensor, as LatteFlowModel.state_dict.
+
+    Raises:
+        UserError: when ``which`` is unknown or the checkpoint has no such weights.
+    """
+    if which not in WEIGHTS:
+        raise UserError(f"weights: {which!r} is unknown; accepted values: {', '.join(WEIGHTS)}")
+    model_states = zero_to_fp32.parse_model_states(zero_to_fp32.get_model_state_files(str(path)))
+    shards = []
+    for file in zero_to_fp32.get_optim_files(str(path)):
+        shard = torch.load(file, map_location="cpu", weights_only=False, mmap=True)["optimizer_state_dict"]
+        if which == "model":
+            shards.append(shard["single_partition_of_fp32_groups"])
+            continue
+        states = shard["base_optimizer_state"]["state"]
+        if any(EMA_KEY not in state for state in states.values()):
+            raise UserError(f"{file}: holds no averaged weights; accepted: --weights model")
+        sizes = [len(group) for group in shard["single_partition_of_fp32_groups"]]  # the state keeps the shard's padding
+        shards.append([states[i][EMA_KEY][:size] for i, size in enumerate(sizes)])
+    return zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint(len(shards), shards, model_states, False)
+
+
+def _check_files(path: Path, share):
+    """Yield (file name, problem) for each of this rank's share of the files that is not what the manifest says."""
+    try:
+        files = read_manifest(path)["files"]
+    except UserError as error:
+        yield MANIFEST, str(error)
+        return
+    for name in share(sorted(files)):
+        entry, file = files[name], path / name
+        if not file.is_file():
+            yield name, "is missing"
+        elif file.stat().st_size != entry["bytes"]:
+            yield name, f"has {file.stat().st_size} bytes instead of {entry['bytes']}"
+        elif _describe(file)["sha256"] != entry["sha256"]:
+            yield name, "has another SHA-256 than the manifest"
+
+
+def _describe(path: Path) -> dict:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        os.fsync(stream.fileno())
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _share(items: list) -> list:
+    """Return this rank's share of a list."""
+    return items[dist.get_rank() :: dist.get_world_size()]
+
+
+def _gather_dict(mine: dict) -> dict:
+    """Return the union of all ranks' dicts. Collective."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _is_first_rank() -> bool:
+    return dist.get_rank() == 0
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make renames in a folder survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

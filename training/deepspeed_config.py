@@ -1,0 +1,81 @@
+"""DeepSpeed's JSON configuration: read, its "auto" fields filled from the training configuration, contradictions refused."""
+
+import json
+from pathlib import Path
+
+from training.config import TrainingConfig
+from training.data.loader import BatchLayout
+from training.errors import UserError
+
+SUPPORTED_STAGES = (1, 2)
+
+
+def make_batch_layout(config: TrainingConfig, *, num_groups: int, world_size: int, rank: int) -> BatchLayout:
+    """Return how the global batch is spread over ranks and micro-batches.
+
+    Raises:
+        UserError: when global_batch_size is not accumulation x micro_batch_size x world size, or a micro-batch cannot be split
+            evenly over the groups.
+    """
+    total, micro = config.global_batch_size, config.micro_batch_size
+    if micro is None:
+        if total % world_size:
+            raise UserError(f"global_batch_size: {total} is not a multiple of the {world_size} ranks")
+        micro = total // world_size
+    if micro < 1 or total % (micro * world_size):
+        raise UserError(
+            f"micro_batch_size: {micro} on {world_size} ranks does not divide global_batch_size {total}; accepted: divisors of "
+            f"{total / world_size:g}"
+        )
+    if config.groups_per_sample != "all" and micro % num_groups:
+        raise UserError(
+            f"micro_batch_size: {micro} (of global_batch_size {total} on {world_size} ranks) is not a multiple of the "
+            f"{num_groups} groups that each micro-batch is dealt to (model.num_groups)"
+        )
+    return BatchLayout(global_batch_size=total, micro_batch_size=micro, world_size=world_size, rank=rank)
+
+
+def load_deepspeed_config(config: TrainingConfig, layout: BatchLayout) -> dict:
+    """Return DeepSpeed's configuration for this run.
+
+    A field that is "auto", or one of the batch size, clipping and precision fields left out, takes the training configuration's
+    value; any other value there must agree with it.
+
+    Raises:
+        UserError: when the file is missing or no JSON object, contradicts the training configuration, or asks for a ZeRO stage or
+            an option that this trainer does not support.
+    """
+    path = Path(config.deepspeed)
+    if not path.is_file():
+        raise UserError(f"deepspeed: {path} not found; accepted: a DeepSpeed JSON file such as ds_configs/zero2.json")
+    try:
+        result = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"deepspeed: {path} is no valid JSON: {error}") from error
+    if not isinstance(result, dict):
+        raise UserError(f"deepspeed: {path} holds a {type(result).__name__}; accepted: a JSON object")
+
+    decided = {
+        "train_batch_size": ("global_batch_size", layout.global_batch_size),
+        "train_micro_batch_size_per_gpu": ("micro_batch_size", layout.micro_batch_size),
+        "gradient_accumulation_steps": ("global_batch_size", layout.accumulation_steps),
+        "gradient_clipping": ("optimizer.grad_clip", config.optimizer.grad_clip),
+        "bf16.enabled": ("precision", config.precision == "bf16"),
+    }
+    for key, (field, value) in decided.items():
+        *sections, name = key.split(".")
+        section = result
+        for part in sections:
+            section = section.setdefault(part, {})
+        given = section.get(name, "auto")
+        if given not in ("auto", value):
+            raise UserError(f"{field}: makes {key} {value!r}, but {path} sets {given!r}; set it to \"auto\" there")
+        section[name] = value
+    for key in ("optimizer", "scheduler", "fp16"):
+        if key in result:
+            raise UserError(f"deepspeed: {path} has {key!r}; accepted: none, training/main.py brings its own")
+    stage = result.get("zero_optimization", {}).get("stage", 0)
+    if stage not in SUPPORTED_STAGES:
+        accepted = ", ".join(map(str, SUPPORTED_STAGES))
+        raise UserError(f"deepspeed: {path} sets zero_optimization.stage {stage}; accepted: {accepted}")
+    return result

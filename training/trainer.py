@@ -1,0 +1,352 @@
+"""The training loop: the outer part says what happens, ``train_step`` says how.
+
+    while step < max_steps: train a step, log, draw samples, save a checkpoint
+
+Everything random is a function of (seed, global sample index), so resuming needs the step and the weights and nothing else.
+"""
+
+import time
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from model.autoencoder import LatentCodec, load_codec
+from model.configuration import LatteFlowConfig
+from model.context import build_context_cache, tokenize_prompts
+from model.flow_matching import flow_matching_loss, interpolate
+from model.images import grid_scale, make_grid, to_pil, to_uint8
+from model.latte_flow import LatteFlowModel
+from model.pipeline import LatteFlowPipeline, PipelineConfig
+from model.sampling import image_seeds, initial_noise, sample_latents
+from model.vlm import build_tiny_tokenizer, build_tiny_vlm, fingerprint, load_vlm, tiny_vlm_config
+from training.checkpoint import CheckpointStore, step_name
+from training.config import TrainingConfig, differences, load_config, save_config, to_yaml
+from training.data.datasets import ImageDataset, load_image_dataset
+from training.data.loader import Batch, FlowMatchingSamples, make_loader
+from training.deepspeed_config import load_deepspeed_config, make_batch_layout
+from training.ema import AdamWWithEMA, ema_weights
+from training.errors import UserError
+from training.metrics import LossMeter, MetricsWriter, expert_gradient_norms
+
+CONFIG_FILE = "config.yaml"
+MODEL_FOLDER = "model"
+
+
+def build_components(config: TrainingConfig, images: ImageDataset):
+    """Build or load the VLM, its tokenizer, the codec and the network's configuration.
+
+    Returns:
+        (vlm, tokenizer, codec, LatteFlowConfig, PipelineConfig).
+
+    Raises:
+        UserError: when a path is missing or the parts do not fit together; the message names the field.
+    """
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    codec_arguments = {
+        "kind": config.codec.kind,
+        "path": config.codec.path,
+        "scaling_factor": config.codec.scaling_factor,
+        "image_channels": images.image_channels,
+        "patch": config.codec.patch,
+    }
+    try:
+        codec = load_codec(**codec_arguments, dtype=dtype)
+        if codec.image_channels != images.image_channels:
+            raise UserError(
+                f"codec: takes {codec.image_channels} image channels, data.dataset {images.name} has {images.image_channels}"
+            )
+        latent_size = codec.latent_size(config.data.resolution)
+        if config.vlm.path is None:
+            tokenizer = build_tiny_tokenizer([*images.prompts, config.data.null_prompt], config.vlm.tiny.vocab_size)
+            sizes = {k: v for k, v in vars(config.vlm.tiny).items() if k not in ("vocab_size", "seed")}
+            vlm = build_tiny_vlm(tiny_vlm_config(tokenizer, **sizes), config.vlm.tiny.seed)
+        else:
+            vlm, tokenizer = load_vlm(config.vlm.path, dtype=torch.float32 if config.model["variant"] == "blend" else dtype)
+        model_config = LatteFlowConfig(
+            vlm_config=vlm.config, latent_channels=codec.latent_channels, latent_size=latent_size, **config.model
+        )
+    except UserError:
+        raise
+    except ValueError as error:  # the model's own checks name the field and what is accepted
+        raise UserError(str(error)) from error
+    is_folder = config.vlm.path is not None and Path(config.vlm.path).is_dir()
+    pipeline_config = PipelineConfig(
+        resolution=config.data.resolution,
+        image_channels=images.image_channels,
+        prompt_template=config.data.prompt_template,
+        null_prompt=config.data.null_prompt,
+        class_names=images.class_names,
+        codec=codec_arguments,
+        vlm_path=str(Path(config.vlm.path).resolve()) if is_folder else config.vlm.path,
+        vlm_fingerprint=fingerprint(config.vlm.path) if is_folder else None,
+    )
+    return vlm.requires_grad_(False), tokenizer, codec, model_config, pipeline_config
+
+
+def parameter_groups(model: LatteFlowModel, weight_decay: float) -> list[dict]:
+    """Return the trained parameters as optimizer groups: per expert, its embeddings and head, and the VLM; with and without decay.
+
+    Norms, biases, modulation and residual gates have no weight decay (paper.md section 6). Each group's ``name`` begins with
+    the label that gradient norms are reported under.
+    """
+    groups: dict[tuple[str, bool], list] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part, index, *_ = name.split(".")
+        if part == "layers":
+            label = f"group_{model.experts.group_of_layer(int(index))}"
+        else:
+            label = {"image_io": "image_io", "vlm": "vlm"}[part]
+        decays = parameter.dim() > 1 and "modulation" not in name and "residual_gate" not in name
+        groups.setdefault((label, decays), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "name": label}
+        for (label, decays), parameters in groups.items()
+    ]
+
+
+class Trainer:
+    """Trains one configuration; builds everything, resumes what the output_dir holds.
+
+    Args:
+        config: the run.
+
+    Raises:
+        UserError: when the configuration or the output_dir does not allow the run; nothing has been overwritten then.
+    """
+
+    def __init__(self, config: TrainingConfig):
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device(get_accelerator().current_device_name())
+        self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+        self._check_output_dir()
+        images = load_image_dataset(config.data)
+        vlm, self.tokenizer, codec, model_config, self.pipeline_config = build_components(config, images)
+        experts = model_config.timestep_experts()
+        self.layout = make_batch_layout(
+            config, num_groups=experts.num_groups, world_size=self.world_size, rank=self.rank
+        )
+        deepspeed_config = load_deepspeed_config(config, self.layout)
+
+        torch.manual_seed(config.seed)
+        model = LatteFlowModel.from_vlm(vlm, model_config)
+        model.freeze_unreached_parameters()
+        groups = parameter_groups(model, config.optimizer.weight_decay)
+        self.group_labels = [group["name"] for group in groups]
+        optimizer = AdamWWithEMA(
+            groups, ema_decay=config.optimizer.ema_decay, lr=config.optimizer.lr, betas=tuple(config.optimizer.betas), fused=True
+        )
+        self.codec: LatentCodec = codec.to(self.device)
+        self.messages = [*images.prompts, config.data.null_prompt]
+        self.null_row = len(images.prompts)
+        if model_config.variant == "couple":
+            self.vlm = vlm.to(self.device, self.dtype)
+            self.context = build_context_cache(
+                self.vlm, self.tokenizer, self.messages, model_config.context_projection, dtype=self.dtype
+            )
+            self.prompt_inputs = None
+        else:
+            self.vlm, self.context = None, None
+            tokens = tokenize_prompts(self.tokenizer, self.messages)
+            self.prompt_inputs = {name: t.to(self.device) for name, t in tokens.items()}
+        if self.rank == 0:
+            self._write_components(model, vlm)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+        self.model: LatteFlowModel = self.engine.module
+
+        self.samples = FlowMatchingSamples(
+            images,
+            experts,
+            latent_shape=(model_config.latent_channels, *model_config.latent_size),
+            seed=config.seed,
+            condition_drop=config.data.condition_drop,
+            null_row=self.null_row,
+            horizontal_flip=config.data.horizontal_flip,
+            groups_per_sample=config.groups_per_sample,
+        )
+        self.meter = LossMeter(experts.num_groups, config.logging.timestep_bins, self.device)
+        self.checkpoints = CheckpointStore(self.output_dir / "checkpoints", config.checkpoint.keep_last)
+        self.step = self._resume()
+        self.writer = MetricsWriter(self.output_dir, self.step) if self.rank == 0 else None
+
+    def train(self) -> None:
+        """Train up to ``max_steps``, then leave a checkpoint and a sample grid of the last step."""
+        config = self.config
+        if self.step >= config.max_steps:
+            self._say(f"{self.output_dir} is already trained to step {self.step} of max_steps {config.max_steps}")
+        if self.writer and self.step == 0:
+            self.writer.text("config", to_yaml(config))
+        loader = make_loader(
+            self.samples,
+            self.layout,
+            first_step=self.step,
+            last_step=config.max_steps,
+            num_workers=config.data.num_workers,
+        )
+        batches = iter(loader)
+        progress = tqdm(
+            total=config.max_steps, initial=self.step, desc="training", unit="step", disable=self.rank != 0, mininterval=1.0
+        )
+        self._logged_step, self._logged_time = self.step, time.perf_counter()
+        while self.step < config.max_steps:
+            logs = (self.step + 1) % config.logging.every == 0 or self.step + 1 == config.max_steps
+            gradient_norms = self.train_step(batches, report_gradients=logs)
+            progress.update()
+            last = self.step == config.max_steps
+            if logs:
+                progress.set_postfix(loss=f"{self._log(gradient_norms):.4f}")
+            if config.sample.every and (last or self.step % config.sample.every == 0):
+                self._draw_samples()
+            if last or self.step % config.checkpoint.every == 0:
+                self._save()
+        progress.close()
+        if self.writer:
+            self.writer.close()
+
+    def train_step(self, batches, *, report_gradients: bool) -> dict[str, Tensor]:
+        """Do one optimizer step: every micro-batch forward and backward, then the update.
+
+        Args:
+            batches: iterator of this rank's micro-batches.
+            report_gradients: whether to measure the gradient norms of the experts.
+
+        Returns:
+            Gradient norm per parameter group label before clipping; empty unless asked for.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        norms = {}
+        for micro_step in range(self.layout.accumulation_steps):
+            batch = next(batches).to(self.device)
+            losses = self.compute_losses(batch)
+            self.meter.update(losses, batch.groups, batch.timesteps)
+            self.engine.backward(losses.mean())
+            if report_gradients and micro_step == self.layout.accumulation_steps - 1:
+                norms = expert_gradient_norms(self.engine, self.group_labels)
+            self.engine.step()
+        self.step += 1
+        return norms
+
+    def compute_losses(self, batch: Batch) -> Tensor:
+        """Return the flow-matching loss of each row of a batch, [rows] (paper Eq. 1)."""
+        with torch.no_grad():
+            data = self.codec.encode(batch.images).float()[batch.image_rows]
+        noisy = interpolate(data, batch.noise, batch.timesteps)
+        velocity = self.engine(
+            noisy,
+            batch.timesteps,
+            context=self.context,
+            context_rows=batch.context_rows,
+            prompt_inputs=self.prompt_inputs,
+        )
+        return flow_matching_loss(velocity, data, batch.noise)
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of the update after ``step`` steps: linear warm-up, then constant."""
+        return self.config.optimizer.lr * min(1.0, (step + 1) / max(self.config.optimizer.warmup_steps, 1))
+
+    def _log(self, gradient_norms: dict[str, Tensor]) -> float:
+        """Report the steps since the last report; return their mean loss. Collective."""
+        losses = self.meter.compute()
+        now = time.perf_counter()
+        steps, seconds = self.step - self._logged_step, now - self._logged_time
+        self._logged_step, self._logged_time = self.step, now
+        if self.writer:
+            metrics = {
+                **losses,
+                "lr": self.learning_rate(self.step - 1),
+                "grad_norm": float(self.engine.get_global_grad_norm()),
+                "samples_per_second": steps * self.config.global_batch_size / seconds,
+                "samples": self.step * self.config.global_batch_size,
+                "skipped_steps": self.engine.skipped_steps,
+            }
+            metrics |= {f"grad_norm_{label}": float(norm) for label, norm in gradient_norms.items()}
+            self.writer.scalars(self.step, metrics)
+            with torch.no_grad():
+                timesteps = torch.linspace(1000, 0, 21, device=self.device)
+                self.writer.gates(self.step, self.model.gate_values(timesteps))
+        return losses["loss"]
+
+    def _draw_samples(self) -> None:
+        """Draw the fixed-seed grid from the averaged weights; each rank draws its share. Collective."""
+        config, model_config = self.config.sample, self.model.config
+        share = -(-config.num_images // self.world_size)  # equal shares: every rank runs the same modules equally often
+        first = self.rank * share
+        rows = torch.arange(first, first + share, device=self.device) % self.null_row
+        noise = initial_noise(
+            image_seeds(config.seed, first, share), (model_config.latent_channels, *model_config.latent_size)
+        )
+        with ema_weights(self.engine), torch.no_grad():
+            context = self.context if self.context is not None else self.model.encode_context(self.prompt_inputs)
+            latents = sample_latents(
+                self.model,
+                noise,
+                context.gather(rows),
+                context.gather(torch.tensor([self.null_row], device=self.device)),
+                num_steps=config.num_steps,
+                cfg_scale=config.cfg_scale,
+                solver=config.solver,
+            )
+        images = self.codec.decode(latents).float().contiguous()
+        parts = [torch.empty_like(images) for _ in range(self.world_size)]
+        dist.all_gather(parts, images)
+        if self.writer:
+            pixels = to_uint8(torch.cat(parts)[: config.num_images])
+            columns = min(10 if self.null_row % 10 == 0 else 8, len(pixels))
+            grid = make_grid(pixels, columns, scale=grid_scale(self.config.data.resolution))
+            path = self.output_dir / "samples" / f"{step_name(self.step)}.png"
+            path.parent.mkdir(exist_ok=True)
+            to_pil(grid).save(path)
+            self.writer.image(self.step, "samples", grid)
+            self.writer.flush()
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.engine, self.step, {"step": self.step, "meter": self.meter.state_dict()})
+
+    def _resume(self) -> int:
+        """Load the newest valid checkpoint and return its step; 0 when the run is new."""
+        path = self.checkpoints.newest_valid()
+        if path is None:
+            return 0
+        state = self.checkpoints.load(self.engine, path)
+        self.meter.load_state_dict(state["meter"])
+        self._say(f"resumed from {path}")
+        return state["step"]
+
+    def _check_output_dir(self) -> None:
+        """Refuse an output_dir that holds another run, before anything is written."""
+        saved = self.output_dir / CONFIG_FILE
+        if saved.is_file():
+            changes = differences(load_config(saved), self.config)
+            if changes:
+                raise UserError(
+                    f"output_dir: {self.output_dir} holds a run with another configuration ({'; '.join(changes)}); "
+                    "accepted: the same values, or another output_dir"
+                )
+        elif self.output_dir.exists() and (not self.output_dir.is_dir() or any(self.output_dir.iterdir())):
+            raise UserError(
+                f"output_dir: {self.output_dir} exists and is not a training run; accepted: a new or empty folder, or a run's"
+            )
+        dist.barrier()
+
+    def _write_components(self, model: LatteFlowModel, vlm) -> None:
+        """Make the output_dir complete in itself: the resolved configuration, and the model folder without weights."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if not (self.output_dir / CONFIG_FILE).exists():
+            pipeline = LatteFlowPipeline(model, vlm, self.tokenizer, self.codec, self.pipeline_config)
+            pipeline.save_components(self.output_dir / MODEL_FOLDER)
+            model.train()
+        save_config(self.config, self.output_dir / CONFIG_FILE)  # last: its presence says that the model folder is there
+
+    def _say(self, message: str) -> None:
+        if self.rank == 0:
+            print(message, flush=True)
