@@ -114,4 +114,4 @@ class TimestepExperts:
         """
         intervals = torch.tensor([self.training_interval(k) for k in range(self.num_groups)], device=uniform.device)
         high, low = intervals[group].unbind(-1)
-        return high - (high - low) * uniform
+        return high - (high - low) * uniform.float()
