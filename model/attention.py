@@ -229,9 +229,7 @@ def _sdpa(query, key, value, spec, context, previous, gate, causal):
         context_key = F.pad(context.key, (0, wide_key.shape[-1] - spec.head_dim))
         wide_key, value = torch.cat([context_key, wide_key], dim=2), torch.cat([context.value, value], dim=2)
         image_mask = torch.ones(n, n, dtype=torch.bool, device=query.device) if mask is None else mask
-        mask = torch.cat(
-            [repeat(context.mask, "b s -> b 1 n s", n=n), image_mask.expand(len(query), 1, n, n)], dim=-1
-        )
+        mask = torch.cat([repeat(context.mask, "b s -> b 1 n s", n=n), image_mask.expand(len(query), 1, n, n)], dim=-1)
     output = F.scaled_dot_product_attention(
         wide_query, wide_key, value, attn_mask=mask, scale=spec.head_dim**-0.5, enable_gqa=True
     )

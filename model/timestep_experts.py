@@ -5,6 +5,7 @@ owns the noisy end. Inference is strict: each timestep has exactly one group. Tr
 boundaries, so that timesteps near a boundary are seen by both neighbours.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,7 +59,7 @@ class TimestepExperts:
         expected = f"{self.num_groups + 1} numbers strictly descending from {NUM_TRAIN_TIMESTEPS} to 0"
         if len(bounds) != self.num_groups + 1 or bounds[0] != NUM_TRAIN_TIMESTEPS or bounds[-1] != 0:
             raise ValueError(f"timestep_boundaries: got {list(bounds)}; accepted: {expected}")
-        if not all(high > low for high, low in zip(bounds, bounds[1:], strict=False)):  # a NaN is not descending either
+        if not all(high > low for high, low in itertools.pairwise(bounds)):  # a NaN is not descending either
             raise ValueError(f"timestep_boundaries: got {list(bounds)}; accepted: {expected}")
         if not 0 <= self.overlap <= NUM_TRAIN_TIMESTEPS:
             raise ValueError(f"timestep_overlap: got {self.overlap}; accepted: 0 to {NUM_TRAIN_TIMESTEPS} timesteps")

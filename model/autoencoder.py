@@ -1,0 +1,149 @@
+"""Latent codecs: images in [-1, 1] to the latents that the flow runs in, and back.
+
+Two kinds: ``PixelCodec``, an invertible rearrangement of pixels (the identity at patch 1), and ``DCAECodec``, the deep
+compression autoencoder DC-AE through diffusers (32x downsampling, the paper's choice).
+
+Shapes: B batch, c image channels, (R, R) resolution, C latent channels, (H, W) latent size.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC
+from einops import rearrange
+from torch import Tensor, nn
+
+CODECS = ("pixel", "dc-ae")
+
+
+class LatentCodec(nn.Module):
+    """What training and sampling need of an autoencoder.
+
+    Attributes:
+        image_channels: c.
+        latent_channels: C.
+        downsampling: R / H.
+    """
+
+    image_channels: int
+    latent_channels: int
+    downsampling: int
+
+    def latent_size(self, resolution: int) -> tuple[int, int]:
+        """Return (H, W) of the latent of a square image.
+
+        Raises:
+            ValueError: when the resolution is not a multiple of the downsampling.
+        """
+        if resolution < 1 or resolution % self.downsampling:
+            raise ValueError(
+                f"data.resolution: {resolution} is not a multiple of the codec's downsampling {self.downsampling}"
+            )
+        return resolution // self.downsampling, resolution // self.downsampling
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode images [B, c, R, R] in [-1, 1] to latents [B, C, H, W]."""
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents [B, C, H, W] to images [B, c, R, R]; values may leave [-1, 1] a little."""
+        raise NotImplementedError
+
+
+class PixelCodec(LatentCodec):
+    """Space-to-depth: each patch x patch square of pixels becomes the channels of one latent position. Exactly invertible.
+
+    Args:
+        image_channels: 1 for grey images, 3 for colour.
+        patch: side of the square; 1 is the identity.
+    """
+
+    def __init__(self, image_channels: int, patch: int = 1):
+        super().__init__()
+        self.image_channels = image_channels
+        self.latent_channels = image_channels * patch**2
+        self.downsampling = patch
+
+    def encode(self, images: Tensor) -> Tensor:
+        p = self.downsampling
+        return rearrange(images, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        p = self.downsampling
+        return rearrange(latents, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
+
+
+class DCAECodec(LatentCodec):
+    """DC-AE: diffusers' AutoencoderDC, its latents multiplied by the checkpoint's scaling factor.
+
+    The encoder is deterministic. The model stays in eval mode: its decoder has BatchNorm, which would otherwise normalise by the
+    batch at hand.
+
+    Args:
+        autoencoder: the diffusers model.
+        scaling_factor: what latents are multiplied by; None for the checkpoint's own (0.3189 for in-1.0, 0.41407 for Sana's).
+
+    Raises:
+        ValueError: when ``scaling_factor`` contradicts the checkpoint's configuration.
+    """
+
+    def __init__(self, autoencoder: AutoencoderDC, scaling_factor: float | None = None):
+        super().__init__()
+        own = autoencoder.config.scaling_factor
+        if scaling_factor is not None and abs(own - scaling_factor) > 1e-4:
+            raise ValueError(
+                f"codec.scaling_factor: {scaling_factor} differs from {own} in the checkpoint's config.json; latents scaled by "
+                "another checkpoint's factor do not have unit variance"
+            )
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.scaling_factor = own
+        self.image_channels = autoencoder.config.in_channels
+        self.latent_channels = autoencoder.config.latent_channels
+        self.downsampling = autoencoder.spatial_compression_ratio
+
+    def train(self, mode: bool = True) -> "DCAECodec":
+        """Stay in eval mode whatever is asked."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        return self.autoencoder.encode(images.to(self.autoencoder.dtype)).latent * self.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.autoencoder.decode(latents.to(self.autoencoder.dtype) / self.scaling_factor).sample
+
+
+def load_codec(
+    kind: str,
+    *,
+    path: str | Path | None = None,
+    scaling_factor: float | None = None,
+    image_channels: int = 3,
+    patch: int = 1,
+    dtype: torch.dtype | None = None,
+) -> LatentCodec:
+    """Build a codec.
+
+    Args:
+        kind: ``pixel`` or ``dc-ae``.
+        path: folder or hub id of a diffusers AutoencoderDC, for ``dc-ae``.
+        scaling_factor: checked against the checkpoint's, for ``dc-ae``.
+        image_channels: c, for ``pixel``.
+        patch: side of a latent position in pixels, for ``pixel``.
+        dtype: type of the autoencoder's weights, for ``dc-ae``; None for float32.
+
+    Raises:
+        ValueError: when the kind is unknown, or the checkpoint is missing or another model's.
+    """
+    if kind == "pixel":
+        return PixelCodec(image_channels, patch)
+    if kind != "dc-ae":
+        raise ValueError(f"codec.kind: {kind!r} is unknown; accepted values: {', '.join(CODECS)}")
+    if path is None:
+        raise ValueError("codec.path: missing; kind dc-ae needs a folder or hub id of a diffusers AutoencoderDC")
+    try:
+        autoencoder = AutoencoderDC.from_pretrained(path, torch_dtype=dtype or torch.float32)
+    except OSError as error:
+        raise ValueError(f"codec.path: cannot load {path}: {error}") from error
+    return DCAECodec(autoencoder, scaling_factor)

@@ -1,0 +1,186 @@
+"""What image generation reads of the vision-language model: the per-layer context of a prompt (paper section 5).
+
+The multimodal tokens never attend to generated image tokens, so their states depend neither on the timestep nor on the noisy
+image. transformers' own Qwen2-VL is run once per prompt; what each generation layer reads is kept:
+
+* ``context_projection: generation``: the input of VLM layer l after that layer's input RMSNorm, [B, S, D], which the generation
+  layer projects itself;
+* ``context_projection: vlm``: the keys and values of VLM layer l with multimodal RoPE applied, [B, G, S, E] each.
+
+Shapes: P prompts, B batch, S context tokens, D hidden, G kv heads, E head_dim.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.attention import ContextKeyValues
+
+
+@dataclass(frozen=True)
+class Context:
+    """The context of P prompts at some or all layers.
+
+    Attributes:
+        states: layer index -> normalised hidden states [P, S, D], or (keys, values) of [P, G, S, E] each.
+        mask: [P, S] bool, True for real tokens.
+        position_ids: temporal, row and column positions of the tokens, [3, P, S].
+    """
+
+    states: Mapping[int, Tensor | tuple[Tensor, Tensor]]
+    mask: Tensor
+    position_ids: Tensor
+
+    def gather(self, rows: Tensor, layers: Iterable[int] | None = None) -> "Context":
+        """Return the context of some prompts at some layers.
+
+        Args:
+            rows: prompt indices, integers on this context's device, [B]; a prompt may be named many times.
+            layers: layer indices; None for all.
+        """
+
+        def pick(state):
+            return tuple(s[rows] for s in state) if isinstance(state, tuple) else state[rows]
+
+        wanted = self.states.keys() if layers is None else layers
+        return Context(
+            states={layer: pick(self.states[layer]) for layer in wanted},
+            mask=self.mask[rows],
+            position_ids=self.position_ids[:, rows],
+        )
+
+    def to(self, *args, **kwargs) -> "Context":
+        """Return this context with its states moved or cast as by ``Tensor.to``; mask and positions keep their type."""
+
+        def move(state):
+            return (
+                tuple(s.to(*args, **kwargs) for s in state) if isinstance(state, tuple) else state.to(*args, **kwargs)
+            )
+
+        states = {layer: move(state) for layer, state in self.states.items()}
+        first = next(iter(states.values()))
+        device = (first[0] if isinstance(first, tuple) else first).device
+        return Context(states=states, mask=self.mask.to(device), position_ids=self.position_ids.to(device))
+
+    def concatenate(self, other: "Context") -> "Context":
+        """Return the prompts of this context followed by those of another, the shorter padded on the right."""
+        length = max(self.mask.shape[1], other.mask.shape[1])
+
+        def pad(x: Tensor, dim: int) -> Tensor:  # appends zeros; a False in the mask hides them
+            return F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, length - x.shape[dim]))
+
+        def join(a, b):
+            if isinstance(a, tuple):
+                return tuple(torch.cat([pad(x, 2), pad(y, 2)]) for x, y in zip(a, b, strict=True))
+            return torch.cat([pad(a, 1), pad(b, 1)])
+
+        return Context(
+            states={layer: join(state, other.states[layer]) for layer, state in self.states.items()},
+            mask=torch.cat([pad(self.mask, 1), pad(other.mask, 1)]),
+            position_ids=torch.cat([pad(self.position_ids, 2), pad(other.position_ids, 2)], dim=1),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the states in bytes."""
+        flat = [s for state in self.states.values() for s in (state if isinstance(state, tuple) else (state,))]
+        return sum(s.numel() * s.element_size() for s in flat)
+
+
+def tokenize_prompts(tokenizer, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Put each prompt into the VLM's chat format and tokenize it, padded on the right to the longest.
+
+    Returns:
+        input_ids [P, S] and attention_mask [P, S], int64.
+
+    Raises:
+        ValueError: when no prompt is given, or the tokenizer has no chat template.
+    """
+    if not prompts:
+        raise ValueError("prompts: got none; at least one prompt is needed")
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "tokenizer: it has no chat template; use the tokenizer of an Instruct checkpoint, or set tokenizer.chat_template"
+        )
+    texts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        for prompt in prompts
+    ]
+    encoded = tokenizer(texts, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")
+    return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+
+
+def encode_context(vlm, inputs: Mapping[str, Tensor], projection: str, layers: Iterable[int] | None = None) -> Context:
+    """Run the VLM once over tokenized prompts and keep what the generation layers read. Differentiable.
+
+    Args:
+        vlm: a transformers Qwen2VLForConditionalGeneration.
+        inputs: what its processor returns: input_ids [P, S], attention_mask [P, S], and for prompts with pictures pixel_values,
+            image_grid_thw and mm_token_type_ids.
+        projection: ``generation`` or ``vlm`` (LatteFlowConfig.context_projection).
+        layers: the layers to keep; None for all.
+    """
+    inputs = dict(inputs)
+    mask = inputs["attention_mask"].bool()
+    if inputs.get("image_grid_thw") is not None:
+        position_ids, _ = vlm.model.get_rope_index(
+            inputs["input_ids"],
+            image_grid_thw=inputs["image_grid_thw"],
+            attention_mask=inputs["attention_mask"],
+            mm_token_type_ids=inputs["mm_token_type_ids"],
+        )
+    else:
+        position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
+    wanted = range(vlm.config.text_config.num_hidden_layers) if layers is None else layers
+    output = vlm.model(
+        **inputs,
+        position_ids=position_ids,
+        use_cache=projection == "vlm",
+        output_hidden_states=projection == "generation",
+    )
+    if projection == "vlm":
+        cache = output.past_key_values
+        states = {layer: (cache.layers[layer].keys, cache.layers[layer].values) for layer in wanted}
+    else:
+        # hidden_states[l] is the input of layer l; the generation layers read it after that layer's own input norm.
+        decoder_layers = vlm.model.language_model.layers
+        states = {layer: decoder_layers[layer].input_layernorm(output.hidden_states[layer]) for layer in wanted}
+    return Context(states=states, mask=mask, position_ids=position_ids)
+
+
+@torch.no_grad()
+def build_context_cache(
+    vlm, tokenizer, prompts: Sequence[str], projection: str, *, dtype: torch.dtype | None = None, batch_size: int = 64
+) -> Context:
+    """Compute the context of a fixed set of prompts once, for a frozen VLM; training gathers rows of it by index.
+
+    Args:
+        vlm: the frozen VLM; the cache lives on its device.
+        tokenizer: the VLM's tokenizer.
+        prompts: P prompts; row i of the cache is prompt i.
+        projection: ``generation`` or ``vlm``.
+        dtype: the type to store the states in; None keeps the VLM's.
+        batch_size: prompts a forward pass.
+    """
+    inputs = tokenize_prompts(tokenizer, prompts)
+    device = vlm.device
+    chunks = [
+        encode_context(vlm, {k: v[i : i + batch_size].to(device) for k, v in inputs.items()}, projection).to(
+            dtype=dtype
+        )
+        for i in range(0, len(prompts), batch_size)
+    ]
+
+    return functools.reduce(Context.concatenate, chunks)
+
+
+def as_key_values(context: Context) -> dict[int, ContextKeyValues]:
+    """Return the keys and values of a ``vlm`` context per layer, in the form that attention takes."""
+    return {
+        layer: ContextKeyValues(key=key, value=value, mask=context.mask)
+        for layer, (key, value) in context.states.items()
+    }

@@ -1,0 +1,290 @@
+"""LatteFlowModel: the generation path of LaTtE-Flow over a Qwen2-VL, as a transformers PreTrainedModel.
+
+    noisy latent --patch embedding--> image tokens --the M layers of one group--> image head --> velocity
+
+Couple holds the generation path only; the frozen VLM stays a model of its own that provides the context. Blend holds the VLM
+too (``model.vlm``), shares submodules with it and trains it. Vanilla is one group without residual attention.
+
+Shapes: B batch, C latent channels, (H, W) latent size, N image tokens, S context tokens, D hidden, E head_dim, K groups.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from einops import rearrange
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm, Qwen2VLRotaryEmbedding
+
+from model.attention import ContextKeyValues, Residual
+from model.configuration import LatteFlowConfig
+from model.context import Context, as_key_values, encode_context
+from model.generation_layer import GenerationLayer, set_initial_std
+from model.position import rotary_2d
+
+
+class ImageIO(nn.Module):
+    """Patch embedding, time embedding and image head: what surrounds the layers of a group (paper section 3).
+
+    The head is RMS norm, scale and shift by the time embedding, and a linear map; both of its linears start at zero, so a new
+    model predicts zero velocity.
+    """
+
+    def __init__(self, config: LatteFlowConfig):
+        super().__init__()
+        hidden = config.hidden_size
+        patch_channels = config.latent_channels * config.patch_size**2
+        self.patch_size = config.patch_size
+        self.token_grid = config.token_grid
+        self.timestep_features = Timesteps(config.timestep_frequencies, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed = TimestepEmbedding(config.timestep_frequencies, hidden)
+        self.patch_embed = nn.Linear(patch_channels, hidden)
+        self.head_norm = Qwen2VLRMSNorm(hidden, eps=config.text_config.rms_norm_eps)
+        self.head_modulation = set_initial_std(nn.Linear(hidden, 2 * hidden), 0.0)
+        self.head = set_initial_std(nn.Linear(hidden, patch_channels), 0.0)
+        # Tokens and h_t get unit scale at any width: at transformers' fixed 0.02 the time embedding of a narrow model would be
+        # near zero, and so would everything that it modulates.
+        for linear in (self.patch_embed, self.time_embed.linear_1, self.time_embed.linear_2):
+            set_initial_std(linear, linear.in_features**-0.5)
+
+    def embed(self, noisy_latents: Tensor) -> Tensor:
+        """Cut latents [B, C, H, W] into patches and embed them as tokens [B, N, D]."""
+        p = self.patch_size
+        patches = rearrange(noisy_latents, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        return self.patch_embed(patches.to(self.patch_embed.weight.dtype))
+
+    def embed_time(self, timesteps: Tensor) -> Tensor:
+        """Return the time embedding h_t [B, D] of timesteps tau [B]. The sinusoids are computed in float32."""
+        features = self.timestep_features(timesteps.float())
+        return self.time_embed(features.to(self.patch_embed.weight.dtype))
+
+    def predict(self, tokens: Tensor, time_embedding: Tensor) -> Tensor:
+        """Return the velocity [B, C, H, W] read from the group's last tokens [B, N, D]."""
+        shift, scale = self.head_modulation(nn.functional.silu(time_embedding))[:, None, :].chunk(2, dim=-1)
+        patches = self.head((1 + scale) * self.head_norm(tokens) + shift)
+        p, (h, w) = self.patch_size, self.token_grid
+        return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", p=p, q=p, h=h, w=w)
+
+
+class LatteFlowModel(PreTrainedModel):
+    """The flow-matching network of LaTtE-Flow.
+
+    Build one with ``LatteFlowModel.from_vlm(vlm, config)``, which copies the VLM's weights into the generation layers, or load
+    one with ``LatteFlowModel.from_pretrained(folder)``.
+    """
+
+    config_class = LatteFlowConfig
+    base_model_prefix = "latte_flow"
+    main_input_name = "noisy_latents"
+    _no_split_modules = ("GenerationLayer", "Qwen2VLDecoderLayer", "Qwen2VLVisionBlock")
+
+    def __init__(self, config: LatteFlowConfig):
+        super().__init__(config)
+        self.experts = config.timestep_experts()
+        spec = config.attention_spec()
+        vlm_layers = [None] * config.num_hidden_layers
+        if config.variant == "blend":
+            self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
+            vlm_layers = self.vlm.model.language_model.layers
+        self.image_io = nn.ModuleList(
+            [ImageIO(config) for _ in range(config.num_groups if config.group_io == "per_group" else 1)]
+        )
+        self.layers = nn.ModuleList(
+            [GenerationLayer(config, i, spec, vlm_layer) for i, vlm_layer in enumerate(vlm_layers)]
+        )
+        self.context_rotary = Qwen2VLRotaryEmbedding(config.text_config)
+        cos, sin = self._image_rotary()
+        self.register_buffer("image_cos", cos, persistent=False)
+        self.register_buffer("image_sin", sin, persistent=False)
+        self.post_init()
+
+    @classmethod
+    def from_vlm(cls, vlm, config: LatteFlowConfig) -> "LatteFlowModel":
+        """Build a model whose generation layers (and, for Blend, whose VLM) start from a VLM's weights.
+
+        Args:
+            vlm: a transformers Qwen2VLForConditionalGeneration.
+            config: its ``vlm_config`` must be the VLM's.
+
+        Raises:
+            ValueError: when the configuration describes another VLM.
+        """
+        ours, theirs = config.text_config, vlm.config.text_config
+        fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+        for field in fields:
+            if getattr(ours, field) != getattr(theirs, field):
+                raise ValueError(
+                    f"vlm_config.text_config.{field}: {getattr(ours, field)} differs from the VLM's {getattr(theirs, field)}"
+                )
+        model = cls(config)
+        if config.variant == "blend":
+            model.vlm.load_state_dict(vlm.state_dict())
+        for layer, vlm_layer in zip(model.layers, vlm.model.language_model.layers, strict=True):
+            layer.copy_from(vlm_layer)
+        return model
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        *,
+        context: Context | None = None,
+        context_rows: Tensor,
+        prompt_inputs: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Predict the velocity of a training batch whose rows are ordered by group.
+
+        The batch is K equal parts; part k runs through group k's layers and no others (the stratified draw, section 3). Shapes
+        are static and every group runs at every call.
+
+        Args:
+            noisy_latents: x_t, [B, C, H, W]; B a multiple of K.
+            timesteps: tau, [B]; part k inside group k's training interval.
+            context: the context of P prompts. None for Blend, which computes it here from ``prompt_inputs`` with gradients.
+            context_rows: the row of the context that each sample is conditioned on, integers, [B].
+            prompt_inputs: tokenized prompts (input_ids and attention_mask, [P, S]), for Blend.
+
+        Returns:
+            v, [B, C, H, W].
+        """
+        if context is None:
+            context = self.encode_context(prompt_inputs)
+        parts = (x.chunk(self.experts.num_groups) for x in (noisy_latents, timesteps, context_rows))
+        velocities = []
+        for group, (latents, tau, rows) in enumerate(zip(*parts, strict=True)):
+            layer_context = context.gather(rows, self.experts.layers(group))
+            velocities.append(self.forward_group(latents, tau, self.project_context(layer_context), group)[0])
+        return torch.cat(velocities)
+
+    def forward_group(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        key_values: Mapping[int, ContextKeyValues],
+        group: int,
+    ) -> tuple[Tensor, dict[int, Residual | None]]:
+        """Predict the velocity with one group: its M layers, whatever the timesteps.
+
+        Args:
+            noisy_latents: x_t, [B, C, H, W].
+            timesteps: tau, [B].
+            key_values: from ``project_context``, holding at least this group's layers.
+            group: k.
+
+        Returns:
+            v [B, C, H, W], and each layer's residual (with ``reference``, its attention maps; see model/attention.py).
+        """
+        image_io = self.image_io[group % len(self.image_io)]
+        time_embedding = image_io.embed_time(timesteps)
+        tokens = image_io.embed(noisy_latents)
+        position_embeddings = (self.image_cos[None].to(tokens.dtype), self.image_sin[None].to(tokens.dtype))
+        residuals, previous = {}, None
+        for index in self.experts.layers(group):
+            layer = self.layers[index]
+            tokens, previous = layer(
+                tokens,
+                layer.condition(time_embedding),
+                position_embeddings=position_embeddings,
+                context=key_values[index],
+                previous=previous,
+            )
+            residuals[index] = previous
+        return image_io.predict(tokens, time_embedding), residuals
+
+    def encode_context(self, prompt_inputs: Mapping[str, Tensor]) -> Context:
+        """Compute the context of tokenized prompts with Blend's own VLM, with gradients when they are enabled.
+
+        Raises:
+            ValueError: for Couple, whose VLM is not part of the model.
+        """
+        if self.config.variant != "blend":
+            raise ValueError(
+                "context: a Couple model holds no VLM; compute it with model.context.encode_context(vlm, ...)"
+            )
+        return encode_context(self.vlm, prompt_inputs, self.config.context_projection)
+
+    def project_context(self, context: Context) -> dict[int, ContextKeyValues]:
+        """Return each layer's keys and values of a context; once per prompt at inference.
+
+        Args:
+            context: as ``config.context_projection`` says: hidden states, or the VLM's keys and values, which pass unchanged.
+        """
+        if self.config.context_projection == "vlm":
+            return as_key_values(context.to(dtype=self.dtype))
+        some_states = next(iter(context.states.values()))
+        cos, sin = self.context_rotary(some_states.to(self.dtype), context.position_ids)
+        return {
+            index: self.layers[index].project_context(states.to(self.dtype), context.mask, (cos, sin))
+            for index, states in context.states.items()
+        }
+
+    def gate_values(self, timesteps: Tensor) -> dict[int, Tensor]:
+        """Return g(t) of every layer that has a gate, at given timesteps [B]: layer index -> [B, num heads] (Fig. 5b)."""
+        gates = {}
+        for index, layer in enumerate(self.layers):
+            if layer.residual_gate is not None:
+                image_io = self.image_io[self.experts.group_of_layer(index) % len(self.image_io)]
+                gates[index] = torch.tanh(layer.residual_gate(image_io.embed_time(timesteps))).float()
+        return gates
+
+    def freeze_unreached_parameters(self) -> None:
+        """Turn off gradients of what the flow-matching loss cannot reach, so that weight decay does not erode it.
+
+        For Blend that is the vision tower, the language model's final norm and head, and the last VLM layer's parts behind its
+        input norm that the generation path does not share: no generation layer reads the VLM's output. A tied head is the token
+        embedding and stays trained.
+        """
+        if self.config.variant != "blend":
+            return
+        language_model = self.vlm.model.language_model
+        last_vlm_layer = language_model.layers[-1]
+        reached = {id(p) for layer in self.layers for m in layer._shared.values() for p in m.parameters()}
+        reached |= {id(p) for p in language_model.embed_tokens.parameters()}
+        if self.config.context_projection == "generation":
+            reached |= {id(p) for p in last_vlm_layer.input_layernorm.parameters()}
+        else:
+            read = (last_vlm_layer.input_layernorm, last_vlm_layer.self_attn.k_proj, last_vlm_layer.self_attn.v_proj)
+            reached |= {id(p) for m in read for p in m.parameters()}
+        unread = (self.vlm.model.visual, language_model.norm, self.vlm.lm_head, last_vlm_layer)
+        for parameter in (p for module in unread for p in module.parameters()):
+            if id(parameter) not in reached:
+                parameter.requires_grad_(False)
+
+    def activated_parameters(self) -> int:
+        """Count the parameters that one sampling step runs: one group's layers and its embeddings and head."""
+        layers = [self.layers[index] for index in self.experts.layers(0)]
+        shared = [module for layer in layers for module in layer._shared.values()]
+        return sum(p.numel() for module in [self.image_io[0], *layers, *shared] for p in module.parameters())
+
+    def _image_rotary(self) -> tuple[Tensor, Tensor]:
+        return rotary_2d(*self.config.token_grid, self.config.head_dim, self.config.rope_2d_theta)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """transformers' hook: called for every module when a model is built or its missing parts are filled in."""
+        std = getattr(module, "initial_std", None)
+        if std is None:
+            super()._init_weights(module)
+        else:
+            # These functions leave weights alone that were loaded from a checkpoint: transformers guards them.
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if module is self:
+            for buffer, value in zip((self.image_cos, self.image_sin), self._image_rotary(), strict=True):
+                if buffer.device.type != "meta":
+                    buffer.copy_(value)
+
+    def _apply(self, fn, recurse: bool = True):
+        """Move or cast the model, but keep rotary frequencies in float32: in bf16 they are off by 0.4 % and positions drift."""
+        rotaries = [m for m in self.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
+        kept = [(m, m.inv_freq, m.original_inv_freq) for m in rotaries if m.inv_freq.device.type != "meta"]
+        super()._apply(fn, recurse)
+        for module, inv_freq, original_inv_freq in kept:
+            module.inv_freq = inv_freq.to(module.inv_freq.device)
+            module.original_inv_freq = original_inv_freq.to(module.original_inv_freq.device)
+        return self
+
+
+AutoModel.register(LatteFlowConfig, LatteFlowModel)

@@ -1,0 +1,151 @@
+"""The vision-language model: loaded with transformers, or a tiny one built from a configuration for tests and the digits preset.
+
+The tiny VLM is a real Qwen2VLForConditionalGeneration with a tokenizer of its own, so the whole framework runs with no download.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast, Qwen2VLConfig
+from transformers import Qwen2VLForConditionalGeneration as Qwen2VL
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+"""Qwen2-VL's special tokens, by the same names, at the start of the tiny vocabulary."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The chat format of Qwen2-VL without its default system message, for the tiny tokenizer."""
+
+
+def build_tiny_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on a few sentences. Every byte has a token, so any text can be written with it.
+
+    Args:
+        texts: the sentences whose words become single tokens, most frequent first.
+        vocab_size: upper bound of the vocabulary: special tokens, 256 bytes, merges.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*texts, "user\nassistant\n"], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=1024,
+    )
+
+
+def tiny_vlm_config(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    hidden_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    intermediate_size: int,
+    initializer_range: float,
+) -> Qwen2VLConfig:
+    """Return the configuration of a tiny Qwen2-VL for a tokenizer; its vision tower has two layers of width 32."""
+    half_head = hidden_size // num_attention_heads // 2
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+    # Qwen2-VL gives 1/4, 3/8, 3/8 of the rotary frequencies to time, row and column.
+    sections = [half_head // 4, (half_head - half_head // 4 + 1) // 2, (half_head - half_head // 4) // 2]
+    return Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": num_attention_heads,
+            "num_key_value_heads": num_key_value_heads,
+            "intermediate_size": intermediate_size,
+            "initializer_range": initializer_range,
+            "max_position_embeddings": 1024,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections},
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+        },
+        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": hidden_size, "num_heads": 2, "mlp_ratio": 2},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+
+
+def build_tiny_vlm(config: Qwen2VLConfig, seed: int) -> Qwen2VL:
+    """Build a Qwen2-VL with random weights that depend on the seed alone; the global generator is left as it was.
+
+    A frozen random VLM must carry the prompt to the generation path: with the usual initializer_range of 0.02 its states hardly
+    differ between classes, with 0.15 they do.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen2VL(config).eval()
+
+
+def load_vlm(path: str | Path, dtype: torch.dtype | None = None):
+    """Load a VLM and its tokenizer from a folder or a hub id through transformers.
+
+    Returns:
+        (vlm in eval mode, tokenizer).
+
+    Raises:
+        ValueError: when the path is a folder without config.json, or holds another kind of model.
+    """
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ValueError(
+            f"vlm.path: {path} has no config.json; accepted: a folder written by save_pretrained, or a hub id"
+        )
+    try:
+        vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype or "auto")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(f"vlm.path: cannot load {path}: {error}") from error
+    if not hasattr(vlm.model, "language_model") or "qwen2" not in vlm.config.model_type:
+        raise ValueError(f"vlm.path: {path} holds a {vlm.config.model_type}; accepted: Qwen2-VL")
+    return vlm.eval(), tokenizer
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Return the SHA-256 over the names and contents of a saved model's config.json and weight files.
+
+    Raises:
+        FileNotFoundError: when the folder holds no weights.
+    """
+    folder = Path(folder)
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    if not weights:
+        raise FileNotFoundError(f"{folder}: no *.safetensors or *.bin weights to take a fingerprint of")
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *weights]:
+        digest.update(file.name.encode() + b"\0")
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,352 @@
+"""The training configuration: typed dataclasses, read from YAML and the command line by jsonargparse.
+
+Every field can be set in a YAML file (``--config``) and on the command line (``--optimizer.lr 1e-3``); the command line wins.
+Unknown fields are errors. The fields under ``model`` are those of model.configuration.LatteFlowConfig.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from transformers import PretrainedConfig
+
+from model.configuration import LatteFlowConfig
+from training.errors import UserError
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
+
+# The VLM and the codec decide these; everything else of the network's configuration can be set under ``model``.
+DERIVED_MODEL_FIELDS = {"vlm_config", "latent_channels", "latent_size"}
+
+
+@dataclass
+class TinyVlmConfig:
+    """A tiny random Qwen2-VL, built from these sizes where ``vlm.path`` is not given.
+
+    Args:
+        hidden_size: D.
+        num_hidden_layers: L.
+        num_attention_heads: H.
+        num_key_value_heads: G; divides H.
+        intermediate_size: width of the MLPs.
+        initializer_range: standard deviation of the random weights. At the usual 0.02 a random frozen VLM tells prompts apart
+            too weakly to condition on.
+        vocab_size: upper bound of the vocabulary that its tokenizer learns from the prompts.
+        seed: of the random weights.
+    """
+
+    hidden_size: int = 128
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    intermediate_size: int = 256
+    initializer_range: float = 0.15
+    vocab_size: int = 512
+    seed: int = 0
+
+
+@dataclass
+class VlmConfig:
+    """The vision-language model.
+
+    Args:
+        path: folder or hub id of a Qwen2-VL checkpoint; null builds the tiny one.
+        tiny: sizes of the tiny VLM.
+    """
+
+    path: str | None = None
+    tiny: TinyVlmConfig = field(default_factory=TinyVlmConfig)
+
+
+@dataclass
+class CodecConfig:
+    """The latent codec.
+
+    Args:
+        kind: pixel, an invertible rearrangement of pixels; dc-ae, diffusers' AutoencoderDC.
+        path: folder or hub id of the autoencoder, for dc-ae.
+        scaling_factor: what latents are multiplied by; checked against the checkpoint's. Null takes the checkpoint's.
+        patch: side in pixels of one latent position, for pixel; 1 is the identity.
+    """
+
+    kind: Literal["pixel", "dc-ae"] = "dc-ae"
+    path: str | None = None
+    scaling_factor: float | None = None
+    patch: int = 1
+
+
+@dataclass
+class DataConfig:
+    """The training images and their prompts.
+
+    Args:
+        dataset: digits, scikit-learn's handwritten digits (8x8 grey); parquet, files with an image column.
+        path: file or folder of the data, for parquet.
+        image_column: name of the column of images, for parquet.
+        text_column: name of the column of captions, for parquet; a ClassLabel column works too.
+        resolution: side of the square images in pixels.
+        prompt_template: the user message; {} stands for the class name or the caption.
+        null_prompt: the user message of the null condition of classifier-free guidance.
+        condition_drop: fraction of samples whose prompt is replaced by the null prompt (paper: 0.1).
+        horizontal_flip: whether half of the images are mirrored.
+        num_workers: processes a rank that prepare batches; 0 prepares them in the training process.
+    """
+
+    dataset: Literal["digits", "parquet"] = "digits"
+    path: str | None = None
+    image_column: str = "image"
+    text_column: str = "text"
+    resolution: int = 256
+    prompt_template: str = "Generate an image of {}."
+    null_prompt: str = ""
+    condition_drop: float = 0.1
+    horizontal_flip: bool = True
+    num_workers: int = 4
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, its learning rate, gradient clipping and the moving average of the weights.
+
+    Args:
+        lr: learning rate after warm-up, constant (paper: 5e-4).
+        betas: AdamW's decay rates of the moments.
+        weight_decay: on weight matrices; norms, biases, modulation and gates have none.
+        grad_clip: largest norm of the gradient; 0 turns clipping off.
+        warmup_steps: steps over which the learning rate grows linearly to lr.
+        ema_decay: decay of the exponential moving average that is sampled and evaluated; early steps use less, see ema.py.
+    """
+
+    lr: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    warmup_steps: int = 1000
+    ema_decay: float = 0.9999
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints.
+
+    Args:
+        every: steps between two checkpoints; one is always written at the end.
+        keep_last: how many of the newest are kept; 0 keeps all.
+    """
+
+    every: int = 5000
+    keep_last: int = 3
+
+
+@dataclass
+class LoggingConfig:
+    """metrics.jsonl and TensorBoard.
+
+    Args:
+        every: steps between two logged ones; losses are averaged over the steps in between.
+        timestep_bins: into how many equal bins of tau the loss is split.
+    """
+
+    every: int = 50
+    timestep_bins: int = 10
+
+
+@dataclass
+class SampleConfig:
+    """The fixed-seed sample grid drawn from the averaged weights during training.
+
+    Args:
+        every: steps between two grids; one is always drawn at the end. 0 draws none.
+        num_images: images in a grid; they run through the first prompts evenly.
+        num_steps: steps of the sampler (paper: 40).
+        cfg_scale: classifier-free guidance; 1 is none (paper: 5).
+        solver: euler or heun.
+        seed: of the grid's noise.
+    """
+
+    every: int = 5000
+    num_images: int = 64
+    num_steps: int = 40
+    cfg_scale: float = 5.0
+    solver: Literal["euler", "heun"] = "euler"
+    seed: int = 0
+
+
+@dataclass
+class TrainingConfig:
+    """A training run.
+
+    Args:
+        output_dir: where everything is written; the same command again resumes what is there.
+        deepspeed: DeepSpeed's JSON configuration; its "auto" fields are filled from here.
+        seed: of everything random; each draw depends on the seed and the sample's global index alone.
+        max_steps: optimizer steps of the whole run.
+        global_batch_size: samples per optimizer step over all ranks.
+        micro_batch_size: samples per rank and forward pass; a multiple of the number of groups. Null: the largest that needs
+            no gradient accumulation.
+        groups_per_sample: 1, each sample trains one group, samples dealt evenly (stratified); all, every sample trains every
+            group at its own timestep, K times the work.
+        precision: bf16, weights and activations in bfloat16 with float32 master weights; fp32.
+    """
+
+    output_dir: str = "runs/latte_flow"
+    deepspeed: str = "ds_configs/zero2.json"
+    seed: int = 0
+    max_steps: int = 240_000
+    global_batch_size: int = 2048
+    micro_batch_size: int | None = None
+    groups_per_sample: Literal[1, "all"] = 1
+    precision: Literal["bf16", "fp32"] = "bf16"
+    vlm: VlmConfig = field(default_factory=VlmConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    model: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        positive = {
+            "max_steps": self.max_steps,
+            "global_batch_size": self.global_batch_size,
+            "checkpoint.every": self.checkpoint.every,
+            "logging.every": self.logging.every,
+            "logging.timestep_bins": self.logging.timestep_bins,
+            "data.resolution": self.data.resolution,
+            "optimizer.lr": self.optimizer.lr,
+            "sample.num_steps": self.sample.num_steps,
+            "sample.num_images": self.sample.num_images,
+        }
+        for name, value in positive.items():
+            if value <= 0:
+                raise UserError(f"{name}: got {value}; accepted: greater than 0")
+        fractions = {"data.condition_drop": self.data.condition_drop, "optimizer.ema_decay": self.optimizer.ema_decay}
+        for name, value in fractions.items():
+            if not 0 <= value < 1:
+                raise UserError(f"{name}: got {value}; accepted: 0 to less than 1")
+        not_negative = {
+            "optimizer.weight_decay": self.optimizer.weight_decay,
+            "optimizer.grad_clip": self.optimizer.grad_clip,
+            "optimizer.warmup_steps": self.optimizer.warmup_steps,
+            "checkpoint.keep_last": self.checkpoint.keep_last,
+            "data.num_workers": self.data.num_workers,
+            "sample.every": self.sample.every,
+            "seed": self.seed,
+        }
+        for name, value in not_negative.items():
+            if value < 0:
+                raise UserError(f"{name}: got {value}; accepted: 0 or more")
+        if self.data.prompt_template.count("{}") != 1:
+            raise UserError(
+                f"data.prompt_template: got {self.data.prompt_template!r}; accepted: a text with {{}} exactly once"
+            )
+
+
+class _Parser(ArgumentParser):
+    """An argument parser whose errors are UserErrors: one line, without the page of usage in front of it."""
+
+    def error(self, message, ex=None):
+        raise UserError(" ".join(str(message).split()))
+
+
+def make_parser() -> ArgumentParser:
+    """Return the parser of training/main.py: every field of TrainingConfig, and the network's under ``model``."""
+    parser = _Parser(prog="training/main.py", description="Train LaTtE-Flow with DeepSpeed.", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of fields; default: the digits preset")
+    # The launcher names the rank of each process it starts; DeepSpeed reads it from the environment.
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
+    parser.add_class_arguments(TrainingConfig, skip={"model"})
+    inherited = {f.name for f in dataclasses.fields(PretrainedConfig)}
+    parser.add_class_arguments(LatteFlowConfig, "model", skip=DERIVED_MODEL_FIELDS | inherited)
+    return parser
+
+
+def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
+    """Parse a command line. Without ``--config`` the digits preset is the start.
+
+    Raises:
+        UserError: for an unknown field, a value of the wrong type, a missing file.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not any(a == "--config" or a.startswith("--config=") for a in argv):
+        argv = ["--config", str(DEFAULT_CONFIG), *argv]
+    parser = make_parser()
+    try:
+        namespace = parser.parse_args(argv)
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from error
+    return _instantiate(parser, namespace)
+
+
+def _instantiate(parser: ArgumentParser, namespace: Namespace) -> TrainingConfig:
+    model = namespace.model.as_dict()
+    fields = parser.instantiate_classes(namespace)
+    names = [f.name for f in dataclasses.fields(TrainingConfig) if f.name != "model"]
+    return TrainingConfig(**{name: fields[name] for name in names}, model=model)
+
+
+def load_config(path: Path) -> TrainingConfig:
+    """Read the fully resolved configuration of a run, written by ``save_config``.
+
+    Raises:
+        UserError: when the file is missing or is no training configuration.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: not found; accepted: the config.yaml of a training output_dir")
+    return parse_config(["--config", str(path)])
+
+
+def save_config(config: TrainingConfig, path: Path) -> None:
+    """Write every field with its value as YAML."""
+    path.write_text(to_yaml(config))
+
+
+def to_yaml(config: TrainingConfig) -> str:
+    """Return every field with its value as YAML text."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def _plain(value):
+    """Replace tuples by lists: YAML has no tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+# What may differ between a run and its resumption: how long, how often it is logged, and how it is spread over machines.
+RESUMABLE_CHANGES = (
+    "output_dir",
+    "deepspeed",
+    "max_steps",
+    "micro_batch_size",
+    "data.num_workers",
+    "checkpoint",
+    "logging",
+    "sample",
+    "model.attention_backend",
+)
+
+
+def differences(saved: TrainingConfig, current: TrainingConfig) -> list[str]:
+    """Return one line a field that differs between a saved run and the command that resumes it and may not."""
+
+    def flatten(tree: dict, prefix: str = "") -> dict:
+        flat = {}
+        for key, value in tree.items():
+            nested = isinstance(value, dict) and value
+            flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+        return flat
+
+    old, new = (flatten(_plain(dataclasses.asdict(c))) for c in (saved, current))
+    return [
+        f"{name}: the run has {old.get(name)!r}, this command {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+        and not any(name == change or name.startswith(change + ".") for change in RESUMABLE_CHANGES)
+    ]
