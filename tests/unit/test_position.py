@@ -22,19 +22,19 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 @pytest.mark.parametrize(("height", "width"), [(3, 5), (8, 8), (1, 4)])
-@pytest.mark.parametrize("theta", [10000.0, 100.0])
+@pytest.mark.parametrize("theta", [None, 100.0], ids=["theta 10000 by default", "theta 100"])
 def test_equals_transformers_one_dimensional_rope_on_each_axis(height, width, theta):
     """Half of the dimensions are a head of size E/2 at position row, the other half one at position column.
 
     Dimension i pairs with i + E/2, so the row's head is [0, E/4) and [E/2, 3E/4).
     """
     size = 16
-    parameters = {"rope_type": "default", "rope_theta": theta}
+    parameters = {"rope_type": "default", "rope_theta": theta or 10000.0}
     config = LlamaConfig(hidden_size=8, num_attention_heads=1, head_dim=size // 2, rope_parameters=parameters)
     rope = LlamaRotaryEmbedding(config)
     x = draw(2, 3, height * width, size, seed=0).float()
 
-    rotated = rotate(x, *rotary_2d(height, width, size, theta))
+    rotated = rotate(x, *(rotary_2d(height, width, size, theta) if theta else rotary_2d(height, width, size)))
 
     quarter = size // 4
     rows = torch.tensor([r for r in range(height) for _ in range(width)])
