@@ -124,7 +124,10 @@ class AttentionSpec:
             )
         widest = self.head_dim * (2 if self.residual else 1)
         if widest > FLASH_MAX_HEAD_DIM:
-            return f"takes head sizes up to {FLASH_MAX_HEAD_DIM}, and the (concatenated) heads here have {widest}"
+            return (
+                f"takes head sizes up to {FLASH_MAX_HEAD_DIM}, and the (concatenated) heads here have {widest}; "
+                "accepted: reference, sdpa"
+            )
         if importlib.util.find_spec("flash_attn") is None:
             return "needs the package flash-attn (pip install -e '.[gpu]' on a CUDA machine); accepted: reference, sdpa"
         return None

@@ -28,9 +28,16 @@ def generator(seed: int, stream: Stream, index: int) -> np.random.Generator:
         seed: the run's seed, >= 0.
         stream: what the draw is for.
         index: which draw of that purpose: a global sample index, an epoch, an image number; >= 0.
+
+    Raises:
+        OverflowError: when the seed or the index lies outside [0, 2^64).
     """
+    # uint64 arrays, not lists: NumPy turns a list that holds a number above 2^63 into float64, so that neighbouring seeds
+    # would share a key, and wraps a negative one.
+    key = np.array([seed, int(stream)], dtype=np.uint64)
     # The index goes into the counter's high words: the low word is left to count the draws made at this index.
-    return np.random.Generator(np.random.Philox(key=[seed, int(stream)], counter=[0, 0, 0, index]))
+    counter = np.array([0, 0, 0, index], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def standard_normal(seed: int, stream: Stream, index: int, shape: tuple[int, ...]) -> np.ndarray:

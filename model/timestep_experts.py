@@ -59,7 +59,7 @@ class TimestepExperts:
         expected = f"{self.num_groups + 1} numbers strictly descending from {NUM_TRAIN_TIMESTEPS} to 0"
         if len(bounds) != self.num_groups + 1 or bounds[0] != NUM_TRAIN_TIMESTEPS or bounds[-1] != 0:
             raise ValueError(f"timestep_boundaries: got {list(bounds)}; accepted: {expected}")
-        if any(high <= low for high, low in itertools.pairwise(bounds)):
+        if not all(high > low for high, low in itertools.pairwise(bounds)):  # a NaN is not descending either
             raise ValueError(f"timestep_boundaries: got {list(bounds)}; accepted: {expected}")
         if not 0 <= self.overlap <= NUM_TRAIN_TIMESTEPS:
             raise ValueError(f"timestep_overlap: got {self.overlap}; accepted: 0 to {NUM_TRAIN_TIMESTEPS} timesteps")
@@ -115,4 +115,4 @@ class TimestepExperts:
         """
         intervals = torch.tensor([self.training_interval(k) for k in range(self.num_groups)], device=uniform.device)
         high, low = intervals[group].unbind(-1)
-        return high - (high - low) * uniform
+        return high - (high - low) * uniform.float()
