@@ -179,10 +179,10 @@ def _reference(query, key, value, spec, context, previous, gate, causal):
 
     def logits_of(keys):  # [B, G, T, E] -> [B, H, N, T]; the query heads of a group share its keys without copying them
         q = rearrange(query, "b (g r) n e -> b g (r n) e", r=heads_per_group)
-        return rearrange(q @ keys.transpose(-1, -2) * scale, "b g (r n) t -> b (g r) n t", r=heads_per_group)
+        logits = (q @ keys.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
+        return rearrange(logits, "b g (r n) t -> b (g r) n t", r=heads_per_group)
 
     own_map = logits_of(key)
-    own_map = own_map.to(torch.promote_types(own_map.dtype, torch.float32))
     augmented = own_map
     if previous is not None and spec.residual_space == "logits":
         augmented = own_map + gate.to(own_map.dtype)[:, :, None, None] * previous.maps
@@ -191,8 +191,7 @@ def _reference(query, key, value, spec, context, previous, gate, causal):
         future = torch.ones(n, n, dtype=torch.bool, device=query.device).triu(1)
         logits = logits.masked_fill(future, float("-inf"))
     if context is not None:
-        context_logits = logits_of(context.key).to(logits.dtype)
-        context_logits = context_logits.masked_fill(~context.mask[:, None, None, :], float("-inf"))
+        context_logits = logits_of(context.key).masked_fill(~context.mask[:, None, None, :], float("-inf"))
         logits = torch.cat([context_logits, logits], dim=-1)
         value = torch.cat([context.value, value], dim=2)
     weights = logits.softmax(dim=-1)

@@ -32,8 +32,9 @@ def interpolate(data: Tensor, noise: Tensor, tau: Tensor) -> Tensor:
         noise: x_0 ~ N(0, I), the shape of ``data``.
         tau: timestep of each sample in [0, 1000], [B].
     """
-    t = timestep_to_time(tau).view(-1, *[1] * (data.dim() - 1)).to(data.dtype)
-    return t * data + (1.0 - t) * noise
+    # t keeps its own precision: in bf16 the last timesteps before the data would round to t = 1, another time than tau names.
+    t = timestep_to_time(tau).view(-1, *[1] * (data.dim() - 1))
+    return (t * data + (1.0 - t) * noise).to(data.dtype)
 
 
 def target_velocity(data: Tensor, noise: Tensor) -> Tensor:

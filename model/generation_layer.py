@@ -51,9 +51,9 @@ class LayerConditioning:
     residual_gate: Tensor | None
 
 
-def set_initial_std(linear: nn.Linear, std: float) -> nn.Linear:
-    """Have LatteFlowModel initialise a linear's weight as N(0, std^2) and its bias as zero (its ``_init_weights``)."""
-    linear.initial_std = std
+def set_initial_std(linear: nn.Linear, std: float, bias_std: float = 0.0) -> nn.Linear:
+    """Have LatteFlowModel initialise a linear's weight as N(0, std^2), its bias as N(0, bias_std^2) (its ``_init_weights``)."""
+    linear.initial_std = std, bias_std
     return linear
 
 

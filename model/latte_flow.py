@@ -45,8 +45,11 @@ class ImageIO(nn.Module):
         self.head = set_initial_std(nn.Linear(hidden, patch_channels), 0.0)
         # Tokens and h_t get unit scale at any width: at transformers' fixed 0.02 the time embedding of a narrow model would be
         # near zero, and so would everything that it modulates.
-        for linear in (self.patch_embed, self.time_embed.linear_1, self.time_embed.linear_2):
+        for linear in (self.time_embed.linear_1, self.time_embed.linear_2):
             set_initial_std(linear, linear.in_features**-0.5)
+        # The layers see tokens through an RMS norm, which keeps their direction only. Without a bias the token of a one-channel
+        # latent would be a multiple of one vector, and all but its sign would be lost.
+        set_initial_std(self.patch_embed, patch_channels**-0.5, bias_std=patch_channels**-0.5)
 
     def embed(self, noisy_latents: Tensor) -> Tensor:
         """Cut latents [B, C, H, W] into patches and embed them as tokens [B, N, D]."""
@@ -263,14 +266,14 @@ class LatteFlowModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """transformers' hook: called for every module when a model is built or its missing parts are filled in."""
-        std = getattr(module, "initial_std", None)
-        if std is None:
+        if not hasattr(module, "initial_std"):
             super()._init_weights(module)
         else:
             # These functions leave weights alone that were loaded from a checkpoint: transformers guards them.
+            std, bias_std = module.initial_std
             nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
-                nn.init.zeros_(module.bias)
+                nn.init.normal_(module.bias, std=bias_std)
         if module is self:
             for buffer, value in zip((self.image_cos, self.image_sin), self._image_rotary(), strict=True):
                 if buffer.device.type != "meta":

@@ -110,7 +110,9 @@ class LatteFlowPipeline:
         else:
             vlm_path = config.vlm_path or folder / VLM_FOLDER
             if config.vlm_fingerprint and Path(vlm_path).is_dir() and fingerprint(vlm_path) != config.vlm_fingerprint:
-                raise ValueError(f"vlm_path: {vlm_path} is not the VLM that this model was trained with (fingerprint differs)")
+                raise ValueError(
+                    f"vlm_path: {vlm_path} is not the VLM that this model was trained with (fingerprint differs)"
+                )
             vlm, _ = load_vlm(vlm_path, dtype=dtype or torch.float32)
         codec = load_codec(**config.codec, dtype=dtype)
         return cls(model.to(dtype or torch.float32), vlm, tokenizer, codec, config)
@@ -220,7 +222,9 @@ def load_weights(model: LatteFlowModel, weights: dict[str, Tensor]) -> None:
     for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong)):
         if names:
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise ValueError(f"weights: {len(names)} {what}: {shown}; they are not of the model that config.json describes")
+            raise ValueError(
+                f"weights: {len(names)} {what}: {shown}; they are not of the model that config.json describes"
+            )
     with torch.no_grad():
         for names in names_of.values():
             source = next(name for name in names if name in weights)

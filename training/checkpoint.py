@@ -91,7 +91,9 @@ class CheckpointStore:
             if _is_first_rank():
                 print(f"checkpoint {path} skipped: " + "; ".join(f"{k} {v}" for k, v in sorted(problems.items())))
         if candidates:
-            raise UserError(f"{self.folder}: holds {len(candidates)} checkpoints and every one is damaged; none can be resumed")
+            raise UserError(
+                f"{self.folder}: holds {len(candidates)} checkpoints and every one is damaged; none can be resumed"
+            )
         return None
 
     def load(self, engine, path: Path) -> dict:
@@ -125,7 +127,9 @@ class CheckpointStore:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the committed checkpoints of a run, oldest first; partial ones are none."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{MANIFEST}") if not path.parent.name.endswith(PARTIAL_SUFFIX))
+    return sorted(
+        path.parent for path in folder.glob(f"step_*/{MANIFEST}") if not path.parent.name.endswith(PARTIAL_SUFFIX)
+    )
 
 
 def read_manifest(path: Path) -> dict:
@@ -185,7 +189,9 @@ def read_weights(path: Path, which: str) -> dict[str, Tensor]:
         states = shard["base_optimizer_state"]["state"]
         if any(EMA_KEY not in state for state in states.values()):
             raise UserError(f"{file}: holds no averaged weights; accepted: --weights model")
-        sizes = [len(group) for group in shard["single_partition_of_fp32_groups"]]  # the state keeps the shard's padding
+        sizes = [
+            len(group) for group in shard["single_partition_of_fp32_groups"]
+        ]  # the state keeps the shard's padding
         shards.append([states[i][EMA_KEY][:size] for i, size in enumerate(sizes)])
     return zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint(len(shards), shards, model_states, False)
 

@@ -69,7 +69,7 @@ def load_deepspeed_config(config: TrainingConfig, layout: BatchLayout) -> dict:
             section = section.setdefault(part, {})
         given = section.get(name, "auto")
         if given not in ("auto", value):
-            raise UserError(f"{field}: makes {key} {value!r}, but {path} sets {given!r}; set it to \"auto\" there")
+            raise UserError(f'{field}: makes {key} {value!r}, but {path} sets {given!r}; set it to "auto" there')
         section[name] = value
     for key in ("optimizer", "scheduler", "fp16"):
         if key in result:

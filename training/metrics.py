@@ -85,8 +85,8 @@ class MetricsWriter:
 
     Args:
         output_dir: the run's.
-        resumed_step: what was logged after this step, by a run that went on beyond its last checkpoint, is dropped: it is about to
-            be computed again.
+        resumed_step: what was logged after this step, by a run that went on beyond its last checkpoint, is dropped: it is about
+            to be computed again.
     """
 
     def __init__(self, output_dir: Path, resumed_step: int):

@@ -66,7 +66,8 @@ def build_components(config: TrainingConfig, images: ImageDataset):
             sizes = {k: v for k, v in vars(config.vlm.tiny).items() if k not in ("vocab_size", "seed")}
             vlm = build_tiny_vlm(tiny_vlm_config(tokenizer, **sizes), config.vlm.tiny.seed)
         else:
-            vlm, tokenizer = load_vlm(config.vlm.path, dtype=torch.float32 if config.model["variant"] == "blend" else dtype)
+            vlm_dtype = torch.float32 if config.model["variant"] == "blend" else dtype
+            vlm, tokenizer = load_vlm(config.vlm.path, dtype=vlm_dtype)
         model_config = LatteFlowConfig(
             vlm_config=vlm.config, latent_channels=codec.latent_channels, latent_size=latent_size, **config.model
         )
@@ -143,7 +144,11 @@ class Trainer:
         groups = parameter_groups(model, config.optimizer.weight_decay)
         self.group_labels = [group["name"] for group in groups]
         optimizer = AdamWWithEMA(
-            groups, ema_decay=config.optimizer.ema_decay, lr=config.optimizer.lr, betas=tuple(config.optimizer.betas), fused=True
+            groups,
+            ema_decay=config.optimizer.ema_decay,
+            lr=config.optimizer.lr,
+            betas=tuple(config.optimizer.betas),
+            fused=True,
         )
         self.codec: LatentCodec = codec.to(self.device)
         self.messages = [*images.prompts, config.data.null_prompt]
@@ -194,7 +199,12 @@ class Trainer:
         )
         batches = iter(loader)
         progress = tqdm(
-            total=config.max_steps, initial=self.step, desc="training", unit="step", disable=self.rank != 0, mininterval=1.0
+            total=config.max_steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            disable=self.rank != 0,
+            mininterval=1.0,
         )
         self._logged_step, self._logged_time = self.step, time.perf_counter()
         while self.step < config.max_steps:
@@ -345,7 +355,9 @@ class Trainer:
             pipeline = LatteFlowPipeline(model, vlm, self.tokenizer, self.codec, self.pipeline_config)
             pipeline.save_components(self.output_dir / MODEL_FOLDER)
             model.train()
-        save_config(self.config, self.output_dir / CONFIG_FILE)  # last: its presence says that the model folder is there
+        save_config(
+            self.config, self.output_dir / CONFIG_FILE
+        )  # last: its presence says that the model folder is there
 
     def _say(self, message: str) -> None:
         if self.rank == 0:

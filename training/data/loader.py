@@ -103,7 +103,7 @@ class FlowMatchingSamples(Dataset):
         return int(self._order[1][position])
 
     def __getitem__(self, index: int) -> dict:
-        """Return one sample: image [c, R, R], noise [C, H, W], groups [n] and timesteps [n] with n = 1 or K, and its prompt row."""
+        """Return one sample: image [c, R, R], noise [C, H, W], groups [n] and timesteps [n] (n = 1 or K), its prompt row."""
         image, row = self.images[self.data_index(index)]
         if self.horizontal_flip and uniform(self.seed, Stream.FLIP, index) < 0.5:
             image = image.flip(-1)
