@@ -16,9 +16,12 @@ import torch.distributed as dist
 from deepspeed.utils import zero_to_fp32
 from torch import Tensor
 
+from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from training.ema import EMA_KEY
 from training.errors import UserError
 
+MODEL_FOLDER = "model"
+"""Where an output_dir keeps the model folder without weights (model/pipeline.py), beside ``checkpoints``."""
 MANIFEST = "manifest.json"
 LATEST = "latest"
 PARTIAL_SUFFIX = ".partial"
@@ -162,6 +165,27 @@ def find_checkpoint(path: Path) -> Path:
         if not dict(_check_files(candidate, list)):
             return candidate
     raise UserError(f"{path}: holds no valid checkpoint; accepted: a training output_dir, or one step's folder of it")
+
+
+def load_pipeline(path: Path, *, weights: str = "ema", dtype: torch.dtype = torch.float32) -> LatteFlowPipeline:
+    """Load what a CHECKPOINT argument names: a training output_dir, one step's folder of it, or an exported model folder.
+
+    Args:
+        path: the folder.
+        weights: ``ema`` or ``model``, for training checkpoints; an exported folder holds one kind.
+        dtype: the type of the networks.
+
+    Raises:
+        UserError: when the folder is none of these, or is damaged.
+    """
+    try:
+        if (path / PIPELINE_FILE).is_file():
+            return LatteFlowPipeline.from_pretrained(path, dtype=dtype)
+        checkpoint = find_checkpoint(path)
+        components = checkpoint.parent.parent / MODEL_FOLDER
+        return LatteFlowPipeline.from_pretrained(components, weights=read_weights(checkpoint, weights), dtype=dtype)
+    except (FileNotFoundError, ValueError) as error:
+        raise error if isinstance(error, UserError) else UserError(str(error)) from error
 
 
 def read_weights(path: Path, which: str) -> dict[str, Tensor]:

@@ -17,8 +17,8 @@ EMA_KEY = "ema"
 class AdamWWithEMA(torch.optim.AdamW):
     """torch's AdamW that also averages the parameters it updates.
 
-    After update n = 1, 2, ... the average moves by ema += (1 - d_n) (p - ema) with d_n = min(decay, (1 + n) / (10 + n)): early on it
-    follows quickly, so that it forgets the random initial weights.
+    After update n = 1, 2, ... the average moves by ema += (1 - d_n) (p - ema), d_n = min(decay, (1 + n) / (10 + n)). Early on
+    it follows quickly, so that it forgets the random initial weights.
 
     Args:
         params: parameter groups, as for AdamW.

@@ -24,7 +24,7 @@ from model.latte_flow import LatteFlowModel
 from model.pipeline import LatteFlowPipeline, PipelineConfig
 from model.sampling import image_seeds, initial_noise, sample_latents
 from model.vlm import build_tiny_tokenizer, build_tiny_vlm, fingerprint, load_vlm, tiny_vlm_config
-from training.checkpoint import CheckpointStore, step_name
+from training.checkpoint import MODEL_FOLDER, CheckpointStore, step_name
 from training.config import TrainingConfig, differences, load_config, save_config, to_yaml
 from training.data.datasets import ImageDataset, load_image_dataset
 from training.data.loader import Batch, FlowMatchingSamples, make_loader
@@ -34,7 +34,6 @@ from training.errors import UserError
 from training.metrics import LossMeter, MetricsWriter, expert_gradient_norms
 
 CONFIG_FILE = "config.yaml"
-MODEL_FOLDER = "model"
 
 
 def build_components(config: TrainingConfig, images: ImageDataset):

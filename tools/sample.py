@@ -1,0 +1,127 @@
+"""Draw images from a checkpoint.
+
+    python tools/sample.py CHECKPOINT --output DIR [--classes 0,1 | --prompts "a" "b"] [--num_images N] [--num_steps 40]
+                           [--cfg_scale 5] [--seed 0] [--batch_size 50]
+
+CHECKPOINT is a training output_dir, one step's folder of it, or an exported model folder. Writes DIR/000000.png, 000001.png, ...
+at the model's own resolution, DIR/samples.jsonl (file, class or prompt, and seed of each image) and DIR/grid.png, an overview.
+Image i depends on (--seed, i) alone, not on the batch size; images run through the classes or prompts evenly.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from model.images import grid_scale, make_grid, to_pil
+from model.sampling import SOLVERS, image_seeds
+from training.checkpoint import WEIGHTS, load_pipeline
+from training.errors import UserError, exit_code
+
+GRID_IMAGES = 100
+
+
+def sample(
+    checkpoint: str,
+    *,
+    output: str,
+    classes: str | None = None,
+    prompts: list[str] | None = None,
+    num_images: int | None = None,
+    num_steps: int = 40,
+    cfg_scale: float = 5.0,
+    solver: str = "euler",
+    seed: int = 0,
+    batch_size: int = 50,
+    weights: str = "ema",
+    device: str | None = None,
+    dtype: str = "float32",
+) -> None:
+    """Draw images from a checkpoint; the arguments are the command line's (``make_parser``).
+
+    Raises:
+        UserError: when an argument or the checkpoint does not fit.
+    """
+    if num_images is not None and num_images < 1:
+        raise UserError(f"num_images: got {num_images}; accepted: 1 or more")
+    if batch_size < 1:
+        raise UserError(f"batch_size: got {batch_size}; accepted: 1 or more")
+    if classes is not None and prompts is not None:
+        raise UserError("classes, prompts: got both; accepted: one of them")
+    folder = Path(output)
+    if (folder / "samples.jsonl").exists():
+        raise UserError(f"output: {folder} holds samples already; accepted: another folder")
+
+    pipeline = load_pipeline(Path(checkpoint), weights=weights, dtype=getattr(torch, dtype))
+    pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    conditions = _conditions(classes, prompts, pipeline.config.class_names)
+    total = num_images or len(conditions)
+    folder.mkdir(parents=True, exist_ok=True)
+    shown, partial = [], folder / "samples.jsonl.partial"
+    with partial.open("w") as index, tqdm(total=total, unit="image", desc="sampling") as progress:
+        for first in range(0, total, batch_size):
+            batch = [conditions[i % len(conditions)] for i in range(first, min(first + batch_size, total))]
+            images = pipeline.generate(
+                batch, seed=seed, first_image=first, num_steps=num_steps, cfg_scale=cfg_scale, solver=solver
+            )
+            seeds = image_seeds(seed, first, len(batch))
+            for i, (image, condition) in enumerate(zip(images, batch, strict=True)):
+                name = f"{first + i:06d}.png"
+                to_pil(image).save(folder / name)
+                key = "class" if isinstance(condition, int) else "prompt"
+                index.write(json.dumps({"file": name, key: condition, "seed": seeds[i]}) + "\n")
+            shown.extend(images[: max(GRID_IMAGES - len(shown), 0)])
+            progress.update(len(batch))
+    columns = 10 if len(conditions) % 10 == 0 else min(8, len(shown))
+    to_pil(make_grid(np.stack(shown), columns, scale=grid_scale(pipeline.config.resolution))).save(folder / "grid.png")
+    os.replace(partial, folder / "samples.jsonl")
+    print(f"{total} images in {folder}, overview in {folder / 'grid.png'}")
+
+
+def _conditions(classes: str | None, prompts: list[str] | None, class_names: list[str] | None) -> list[str | int]:
+    """Return what to draw: prompts, the classes asked for, or every class."""
+    if prompts is not None:
+        return prompts
+    if classes is None:
+        if class_names is None:
+            raise UserError("prompts: missing; this model has no classes to run through")
+        return list(range(len(class_names)))
+    try:
+        chosen = [int(part) for part in classes.split(",")]
+    except ValueError:
+        raise UserError(f"classes: got {classes!r}; accepted: indices separated by commas, such as 0,1,2") from None
+    limit = len(class_names or ())
+    for index in chosen:
+        if not 0 <= index < limit:
+            raise UserError(f"classes: {index} is no class of this model; accepted: 0 to {limit - 1}")
+    return chosen
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(prog="tools/sample.py", description="Draw images from a checkpoint.")
+    parser.add_argument("checkpoint", help="training output_dir, one step's folder of it, or an exported model folder")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder to write to; must not hold samples already"
+    )
+    parser.add_argument("--classes", metavar="0,1", help="class indices; default: every class of the model")
+    parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="captions, instead of classes")
+    parser.add_argument("--num_images", type=int, help="how many; default: one of each class or prompt")
+    parser.add_argument("--num_steps", type=int, default=40, help="steps of the sampler (default: 40)")
+    parser.add_argument("--cfg_scale", type=float, default=5.0, help="classifier-free guidance, 1 is none (default: 5)")
+    parser.add_argument("--solver", choices=SOLVERS, default="euler", help="default: euler")
+    parser.add_argument("--seed", type=int, default=0, help="of the run (default: 0)")
+    parser.add_argument("--batch_size", type=int, default=50, help="images drawn at once (default: 50)")
+    parser.add_argument("--weights", choices=WEIGHTS, default="ema", help="averaged or trained weights (default: ema)")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda when there is one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: sample(**vars(make_parser().parse_args()))))
