@@ -89,10 +89,10 @@ def build_components(config: TrainingConfig, images: ImageDataset):
 
 
 def parameter_groups(model: LatteFlowModel, weight_decay: float) -> list[dict]:
-    """Return the trained parameters as optimizer groups: per expert, its embeddings and head, and the VLM; with and without decay.
+    """Return the trained parameters as optimizer groups: one a timestep expert, one of what is around them, one of the VLM.
 
-    Norms, biases, modulation and residual gates have no weight decay (paper.md section 6). Each group's ``name`` begins with
-    the label that gradient norms are reported under.
+    Each comes with and without weight decay: norms, biases, modulation and residual gates have none (paper section 6). A group's
+    ``name`` is the label that its gradient norm is reported under.
     """
     groups: dict[tuple[str, bool], list] = {}
     for name, parameter in model.named_parameters():
