@@ -2,8 +2,8 @@
 
     python tools/digit_accuracy.py SAMPLES_DIR [--output report.json]
 
-SAMPLES_DIR is what tools/sample.py writes for the digits preset. The classifier, a support vector machine, is fitted on the part of
-scikit-learn's digits that the preset trains on, and its accuracy on the held-out part is reported beside the samples'.
+SAMPLES_DIR is what tools/sample.py writes for the digits preset. The classifier, a support vector machine, is fitted on the part
+of scikit-learn's digits that the preset trains on, and its accuracy on the held-out part is reported beside the samples'.
 """
 
 import argparse
