@@ -113,7 +113,7 @@ class LatteFlowPipeline:
                 raise ValueError(
                     f"vlm_path: {vlm_path} is not the VLM that this model was trained with (fingerprint differs)"
                 )
-            vlm, _ = load_vlm(vlm_path, dtype=dtype or torch.float32)
+            vlm, _ = load_vlm(vlm_path, dtype=dtype or torch.float32, tokenizer_path=folder / TOKENIZER_FOLDER)
         codec = load_codec(**config.codec, dtype=dtype)
         return cls(model.to(dtype or torch.float32), vlm, tokenizer, codec, config)
 

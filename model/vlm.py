@@ -110,8 +110,13 @@ def build_tiny_vlm(config: Qwen2VLConfig, seed: int) -> Qwen2VL:
         return Qwen2VL(config).eval()
 
 
-def load_vlm(path: str | Path, dtype: torch.dtype | None = None):
+def load_vlm(path: str | Path, dtype: torch.dtype | None = None, tokenizer_path: str | Path | None = None):
     """Load a VLM and its tokenizer from a folder or a hub id through transformers.
+
+    Args:
+        path: folder or hub id.
+        dtype: the type of the weights; None for the checkpoint's.
+        tokenizer_path: where the tokenizer is, when not beside the weights.
 
     Returns:
         (vlm in eval mode, tokenizer).
@@ -125,7 +130,7 @@ def load_vlm(path: str | Path, dtype: torch.dtype | None = None):
         )
     try:
         vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype or "auto")
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or path)
     except OSError as error:
         raise ValueError(f"vlm.path: cannot load {path}: {error}") from error
     if not hasattr(vlm.model, "language_model") or "qwen2" not in vlm.config.model_type:

@@ -5,6 +5,7 @@
 Everything random is a function of (seed, global sample index), so resuming needs the step and the weights and nothing else.
 """
 
+import json
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from model.context import build_context_cache, tokenize_prompts
 from model.flow_matching import flow_matching_loss, interpolate
 from model.images import grid_scale, make_grid, to_pil, to_uint8
 from model.latte_flow import LatteFlowModel
-from model.pipeline import LatteFlowPipeline, PipelineConfig
+from model.pipeline import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, LatteFlowPipeline, PipelineConfig
 from model.sampling import image_seeds, initial_noise, sample_latents
 from model.vlm import build_tiny_tokenizer, build_tiny_vlm, fingerprint, load_vlm, tiny_vlm_config
 from training.checkpoint import MODEL_FOLDER, CheckpointStore, step_name
@@ -36,8 +37,13 @@ from training.metrics import LossMeter, MetricsWriter, expert_gradient_norms
 CONFIG_FILE = "config.yaml"
 
 
-def build_components(config: TrainingConfig, images: ImageDataset):
+def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
     """Build or load the VLM, its tokenizer, the codec and the network's configuration.
+
+    Args:
+        config: the run.
+        images: its data, which gives the prompts and the image channels.
+        saved: the run's model folder; where it exists, a VLM without a path of its own and its tokenizer are taken from it.
 
     Returns:
         (vlm, tokenizer, codec, LatteFlowConfig, PipelineConfig).
@@ -60,7 +66,10 @@ def build_components(config: TrainingConfig, images: ImageDataset):
                 f"codec: takes {codec.image_channels} image channels, data.dataset {images.name} has {images.image_channels}"
             )
         latent_size = codec.latent_size(config.data.resolution)
-        if config.vlm.path is None:
+        if config.vlm.path is None and (saved / VLM_FOLDER).is_dir():
+            # Not built again from its seed: another version of torch might draw other weights.
+            vlm, tokenizer = load_vlm(saved / VLM_FOLDER, dtype=torch.float32, tokenizer_path=saved / TOKENIZER_FOLDER)
+        elif config.vlm.path is None:
             tokenizer = build_tiny_tokenizer([*images.prompts, config.data.null_prompt], config.vlm.tiny.vocab_size)
             sizes = {k: v for k, v in vars(config.vlm.tiny).items() if k not in ("vocab_size", "seed")}
             vlm = build_tiny_vlm(tiny_vlm_config(tokenizer, **sizes), config.vlm.tiny.seed)
@@ -75,6 +84,13 @@ def build_components(config: TrainingConfig, images: ImageDataset):
     except ValueError as error:  # the model's own checks name the field and what is accepted
         raise UserError(str(error)) from error
     is_folder = config.vlm.path is not None and Path(config.vlm.path).is_dir()
+    vlm_fingerprint = fingerprint(config.vlm.path) if is_folder else None
+    if (saved / PIPELINE_FILE).is_file():
+        trained_with = json.loads((saved / PIPELINE_FILE).read_text())["vlm_fingerprint"]
+        if trained_with != vlm_fingerprint:
+            raise UserError(
+                f"vlm.path: {config.vlm.path} is not the VLM that {saved.parent} was started with (fingerprint differs)"
+            )
     pipeline_config = PipelineConfig(
         resolution=config.data.resolution,
         image_channels=images.image_channels,
@@ -83,7 +99,7 @@ def build_components(config: TrainingConfig, images: ImageDataset):
         class_names=images.class_names,
         codec=codec_arguments,
         vlm_path=str(Path(config.vlm.path).resolve()) if is_folder else config.vlm.path,
-        vlm_fingerprint=fingerprint(config.vlm.path) if is_folder else None,
+        vlm_fingerprint=vlm_fingerprint,
     )
     return vlm.requires_grad_(False), tokenizer, codec, model_config, pipeline_config
 
@@ -130,7 +146,9 @@ class Trainer:
 
         self._check_output_dir()
         images = load_image_dataset(config.data)
-        vlm, self.tokenizer, codec, model_config, self.pipeline_config = build_components(config, images)
+        vlm, self.tokenizer, codec, model_config, self.pipeline_config = build_components(
+            config, images, self.output_dir / MODEL_FOLDER
+        )
         experts = model_config.timestep_experts()
         self.layout = make_batch_layout(
             config, num_groups=experts.num_groups, world_size=self.world_size, rank=self.rank
