@@ -136,6 +136,7 @@ def encode_context(vlm, inputs: Mapping[str, Tensor], projection: str, layers: I
     else:
         position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
     wanted = range(vlm.config.text_config.num_hidden_layers) if layers is None else layers
+    inputs["attention_mask"] = _causal_masks(mask, vlm.dtype)
     output = vlm.model(
         **inputs,
         position_ids=position_ids,
@@ -150,6 +151,21 @@ def encode_context(vlm, inputs: Mapping[str, Tensor], projection: str, layers: I
         decoder_layers = vlm.model.language_model.layers
         states = {layer: decoder_layers[layer].input_layernorm(output.hidden_states[layer]) for layer in wanted}
     return Context(states=states, mask=mask, position_ids=position_ids)
+
+
+def _causal_masks(mask: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the VLM's causal mask with padding hidden, [P, 1, S, S], to be added to logits.
+
+    transformers would build it from ``attention_mask`` too, but first looks whether there is any padding: a host synchronisation
+    in every training step of Blend. Layers with a sliding window get the same mask: prompts are shorter than the window.
+    """
+    length = mask.shape[1]
+    visible = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril() & mask[:, None, None, :]
+    visible = visible | torch.eye(
+        length, dtype=torch.bool, device=mask.device
+    )  # padding sees itself: no row without a key
+    hidden = torch.zeros(visible.shape, dtype=dtype, device=mask.device).masked_fill(~visible, torch.finfo(dtype).min)
+    return {"full_attention": hidden, "sliding_attention": hidden}
 
 
 @torch.no_grad()

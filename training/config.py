@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser
 from transformers import PretrainedConfig
 
 from model.configuration import LatteFlowConfig
@@ -255,19 +255,54 @@ class _Parser(ArgumentParser):
         raise UserError(" ".join(str(message).split()))
 
 
+@dataclass(frozen=True)
+class Assumptions:
+    """What a dry run cannot count.
+
+    Args:
+        gpus: number of ranks.
+        peak_tflops: peak of one GPU, TFLOP/s (dense bf16 of an H100 or H200: 989.5).
+        utilisation: share of the peak that training reaches.
+        num_prompts: distinct prompts, the null prompt included (ImageNet-1k: 1001).
+        prompt_tokens: tokens of a prompt in the chat format.
+    """
+
+    gpus: int = 8
+    peak_tflops: float = 989.5
+    utilisation: float = 0.4
+    num_prompts: int = 1001
+    prompt_tokens: int = 32
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise UserError(f"assume.{name}: got {value}; accepted: greater than 0")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A parsed command line: the run, and whether to only say what it would cost."""
+
+    config: TrainingConfig
+    dry_run: bool
+    assume: Assumptions
+
+
 def make_parser() -> ArgumentParser:
     """Return the parser of training/main.py: every field of TrainingConfig, and the network's under ``model``."""
     parser = _Parser(prog="training/main.py", description="Train LaTtE-Flow with DeepSpeed.", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of fields; default: the digits preset")
     # The launcher names the rank of each process it starts; DeepSpeed reads it from the environment.
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
+    parser.add_argument("--dry_run", action="store_true", help="print what the run would cost, and stop")
+    parser.add_class_arguments(Assumptions, "assume")
     parser.add_class_arguments(TrainingConfig, skip={"model"})
     inherited = {f.name for f in dataclasses.fields(PretrainedConfig)}
     parser.add_class_arguments(LatteFlowConfig, "model", skip=DERIVED_MODEL_FIELDS | inherited)
     return parser
 
 
-def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
+def parse_command(argv: Sequence[str] | None = None) -> Command:
     """Parse a command line. Without ``--config`` the digits preset is the start.
 
     Raises:
@@ -281,14 +316,20 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
         namespace = parser.parse_args(argv)
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from error
-    return _instantiate(parser, namespace)
-
-
-def _instantiate(parser: ArgumentParser, namespace: Namespace) -> TrainingConfig:
     model = _plain(namespace.model.as_dict())
     fields = parser.instantiate_classes(namespace)
     names = [f.name for f in dataclasses.fields(TrainingConfig) if f.name != "model"]
-    return TrainingConfig(**{name: fields[name] for name in names}, model=model)
+    config = TrainingConfig(**{name: fields[name] for name in names}, model=model)
+    return Command(config=config, dry_run=fields["dry_run"], assume=fields["assume"])
+
+
+def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
+    """Parse a command line and return the run it describes.
+
+    Raises:
+        UserError: as ``parse_command``.
+    """
+    return parse_command(argv).config
 
 
 def load_config(path: Path) -> TrainingConfig:

@@ -2,7 +2,8 @@
 
     deepspeed training/main.py --deepspeed ds_configs/zero2.json [--config training/configs/X.yaml] [--any.field value]
 
-The same command again resumes the run in its output_dir.
+The same command again resumes the run in its output_dir. With --dry_run it prints what the run would cost and stops; that needs
+no launcher: python training/main.py --dry_run --config X.yaml --assume.gpus 8
 """
 
 import sys
@@ -10,17 +11,21 @@ import sys
 import deepspeed
 import torch.distributed as dist
 
-from training.config import parse_config
+from training.config import parse_command
+from training.dry_run import dry_run, format_table
 from training.errors import exit_code
 from training.trainer import Trainer
 
 
 def main() -> None:
     """Parse, build, train."""
-    config = parse_config()
+    command = parse_command()
+    if command.dry_run:
+        print(format_table(command.config, dry_run(command.config, command.assume), command.assume))
+        return
     deepspeed.init_distributed()
     try:
-        Trainer(config).train()
+        Trainer(command.config).train()
     finally:
         dist.destroy_process_group()
 

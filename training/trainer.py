@@ -37,6 +37,13 @@ from training.metrics import LossMeter, MetricsWriter, expert_gradient_norms
 CONFIG_FILE = "config.yaml"
 
 
+def tiny_vlm_parts(config: TrainingConfig, images: ImageDataset):
+    """Return the configuration and the tokenizer of the tiny VLM that a run without ``vlm.path`` builds."""
+    tokenizer = build_tiny_tokenizer([*images.prompts, config.data.null_prompt], config.vlm.tiny.vocab_size)
+    sizes = {name: value for name, value in vars(config.vlm.tiny).items() if name not in ("vocab_size", "seed")}
+    return tiny_vlm_config(tokenizer, **sizes), tokenizer
+
+
 def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
     """Build or load the VLM, its tokenizer, the codec and the network's configuration.
 
@@ -70,9 +77,8 @@ def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
             # Not built again from its seed: another version of torch might draw other weights.
             vlm, tokenizer = load_vlm(saved / VLM_FOLDER, dtype=torch.float32, tokenizer_path=saved / TOKENIZER_FOLDER)
         elif config.vlm.path is None:
-            tokenizer = build_tiny_tokenizer([*images.prompts, config.data.null_prompt], config.vlm.tiny.vocab_size)
-            sizes = {k: v for k, v in vars(config.vlm.tiny).items() if k not in ("vocab_size", "seed")}
-            vlm = build_tiny_vlm(tiny_vlm_config(tokenizer, **sizes), config.vlm.tiny.seed)
+            vlm_config, tokenizer = tiny_vlm_parts(config, images)
+            vlm = build_tiny_vlm(vlm_config, config.vlm.tiny.seed)
         else:
             vlm_dtype = torch.float32 if config.model["variant"] == "blend" else dtype
             vlm, tokenizer = load_vlm(config.vlm.path, dtype=vlm_dtype)
@@ -171,13 +177,13 @@ class Trainer:
         self.messages = [*images.prompts, config.data.null_prompt]
         self.null_row = len(images.prompts)
         if model_config.variant == "couple":
-            self.vlm = vlm.to(self.device, self.dtype)
             self.context = build_context_cache(
-                self.vlm, self.tokenizer, self.messages, model_config.context_projection, dtype=self.dtype
+                vlm.to(self.device), self.tokenizer, self.messages, model_config.context_projection, dtype=self.dtype
             )
             self.prompt_inputs = None
+            vlm.cpu()  # all that training reads of it is in the cache
         else:
-            self.vlm, self.context = None, None
+            self.context = None
             tokens = tokenize_prompts(self.tokenizer, self.messages)
             self.prompt_inputs = {name: t.to(self.device) for name, t in tokens.items()}
         if self.rank == 0:

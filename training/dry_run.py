@@ -1,0 +1,261 @@
+"""What a run will cost, without running it: parameters, memory per GPU, FLOPs and time, as a table.
+
+Nothing is estimated that can be counted. The real network is built on the meta device, where tensors have shapes and no data,
+and one micro-batch goes forward and backward through it: torch's FlopCounterMode counts its operations, and hooks on the autograd
+graph count the bytes kept for the backward pass.
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from model.autoencoder import DCAECodec, LatentCodec, PixelCodec
+from model.configuration import LatteFlowConfig
+from model.context import Context, encode_context, tokenize_prompts
+from model.flow_matching import flow_matching_loss
+from model.latte_flow import LatteFlowModel
+from training.config import Assumptions, TrainingConfig
+from training.data.datasets import load_image_dataset
+from training.data.loader import BatchLayout
+from training.deepspeed_config import load_deepspeed_config, make_batch_layout
+from training.errors import UserError
+from training.trainer import tiny_vlm_parts
+
+GIB = 2**30
+OPTIMIZER_BYTES = 16
+"""float32 master weight, two moments of AdamW and the average: bytes a parameter, sharded over the ranks."""
+
+
+@dataclass
+class DryRun:
+    """The counts. Bytes are per GPU, FLOPs per sample; ``memory`` is item -> bytes."""
+
+    parameters: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
+    flops: dict[str, float] = field(default_factory=dict)
+    layout: BatchLayout | None = None
+    seconds: float = 0.0
+
+    @property
+    def total_memory(self) -> float:
+        """Bytes of all items."""
+        return sum(self.memory.values())
+
+
+class SavedBytes:
+    """Counts the bytes of distinct tensors that autograd keeps for the backward pass, parameters left out."""
+
+    def __init__(self, module: nn.Module):
+        self.storages = {p.untyped_storage()._cdata: 0 for p in [*module.parameters(), *module.buffers()]}
+        self.kept = []  # keeps the storages alive, so that no address is used twice
+
+    def __enter__(self) -> "SavedBytes":
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._hooks.__exit__(*exception)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.storages:
+            self.storages[storage._cdata] = storage.nbytes()
+            self.kept.append(storage)
+        return tensor
+
+    @property
+    def total(self) -> int:
+        """Bytes so far."""
+        return sum(self.storages.values())
+
+
+def meta_vlm(path: str):
+    """Build a VLM on the meta device from the config.json at a folder or hub id.
+
+    Raises:
+        UserError: when there is none.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"vlm.path: cannot read the configuration at {path}: {error}") from error
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def meta_codec(config: TrainingConfig, image_channels: int) -> LatentCodec:
+    """Build the codec on the meta device from its configuration alone."""
+    if config.codec.kind == "pixel":
+        return PixelCodec(image_channels, config.codec.patch)
+    if config.codec.path is None:
+        raise UserError("codec.path: missing; kind dc-ae needs a folder or hub id of a diffusers AutoencoderDC")
+    try:
+        settings = AutoencoderDC.load_config(config.codec.path)
+    except OSError as error:
+        raise UserError(f"codec.path: cannot read the configuration at {config.codec.path}: {error}") from error
+    with torch.device("meta"):
+        return DCAECodec(AutoencoderDC.from_config(settings), config.codec.scaling_factor)
+
+
+def count(
+    config: TrainingConfig,
+    vlm,
+    model_config: LatteFlowConfig,
+    codec: LatentCodec,
+    layout: BatchLayout,
+    assumed: Assumptions,
+) -> DryRun:
+    """Count what one rank of a run holds and does.
+
+    Args:
+        config: the run.
+        vlm: the VLM on the meta device.
+        model_config: the network's configuration.
+        codec: the codec on the meta device.
+        layout: how the batch is spread; its world size decides the shards.
+        assumed: what cannot be counted.
+    """
+    result = DryRun(layout=layout)
+    dtype, width = (torch.bfloat16, 2) if config.precision == "bf16" else (torch.float32, 4)
+    with torch.device("meta"):
+        model = LatteFlowModel(model_config).to(dtype)
+    model.freeze_unreached_parameters()
+    vlm = (model.vlm if model_config.variant == "blend" else vlm).to(dtype)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    result.parameters = {
+        "generation path (layers, embeddings, head)": sum(
+            p.numel() for name, p in model.named_parameters() if not name.startswith("vlm.")
+        ),
+        "VLM": sum(p.numel() for p in vlm.parameters()),
+        "trained": trained,
+        "run at one sampling step": model.activated_parameters(),
+    }
+
+    micro, prompts, length = layout.micro_batch_size, assumed.num_prompts, assumed.prompt_tokens
+    rows = micro * (model_config.num_groups if config.groups_per_sample == "all" else 1)
+    meta = torch.device("meta")
+    inputs = {
+        "input_ids": torch.empty(prompts, length, dtype=torch.long, device=meta),
+        "attention_mask": torch.ones(prompts, length, dtype=torch.long, device=meta),
+    }
+    latents = torch.empty(rows, model_config.latent_channels, *model_config.latent_size, device=meta)
+    shapes = {
+        "noisy_latents": latents,
+        "timesteps": torch.empty(rows, device=meta),
+        "context_rows": torch.empty(rows, dtype=torch.long, device=meta),
+    }
+    context_flops = 0.0
+    context: Context | None = None
+    if model_config.variant == "couple":
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            context = encode_context(vlm, inputs, model_config.context_projection)
+        context_flops = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter, SavedBytes(model) as saved:
+        velocity = model(**shapes, context=context, prompt_inputs=None if context else inputs)
+        loss = flow_matching_loss(velocity, latents, latents).mean()
+        forward_flops, activations = counter.get_total_flops(), saved.total
+        loss.backward()
+    result.flops = {"forward": forward_flops / micro, "forward and backward": counter.get_total_flops() / micro}
+    if isinstance(codec, DCAECodec) and config.data.dataset != "latents":
+        image = torch.empty(1, codec.image_channels, config.data.resolution, config.data.resolution, device=meta)
+        with FlopCounterMode(display=False) as encoder:
+            codec.encode(image)
+        result.flops["encoding the image"] = encoder.get_total_flops()
+    if context is not None:
+        result.flops["context of all prompts, once a run"] = context_flops
+
+    stage = _zero_settings(config)
+    shards = layout.world_size
+    held = sum(p.numel() for p in model.parameters())
+    result.memory = {
+        "weights": held * width,
+        "gradients": trained * width / (shards if stage["stage"] >= 2 else 1),
+        "optimizer (master weights, moments, average)": 0 if stage["offload"] else trained * OPTIMIZER_BYTES / shards,
+        "communication buckets": (stage["reduce_bucket"] * (2 if stage["overlap"] else 1)) * width,
+        "activations": activations,
+        "context cache": context.num_bytes if context is not None else 0,
+    }
+    if isinstance(codec, DCAECodec) and config.data.dataset != "latents":
+        result.memory["autoencoder"] = sum(p.numel() for p in codec.parameters()) * width
+
+    per_sample = result.flops["forward and backward"] + result.flops.get("encoding the image", 0.0)
+    total = per_sample * config.global_batch_size * config.max_steps
+    result.seconds = total / (shards * assumed.peak_tflops * 1e12 * assumed.utilisation)
+    return result
+
+
+def _zero_settings(config: TrainingConfig) -> dict:
+    """Read of DeepSpeed's configuration what decides memory."""
+    zero = json.loads(Path(config.deepspeed).read_text()).get("zero_optimization", {})
+    return {
+        "stage": zero.get("stage", 0),
+        "overlap": zero.get("overlap_comm", False),
+        "reduce_bucket": zero.get("reduce_bucket_size", 5e8),
+        "offload": bool(zero.get("offload_optimizer")),
+    }
+
+
+def format_table(config: TrainingConfig, result: DryRun, assumed: Assumptions) -> str:
+    """Return the counts as a table that a person can read."""
+    layout = result.layout
+    lines = ["parameters"]
+    lines += [f"  {name:<48} {value / 1e6:>12,.2f} M" for name, value in result.parameters.items()]
+    stage = _zero_settings(config)["stage"]
+    lines += ["", f"memory per GPU (ZeRO-{stage}, {layout.world_size} GPUs, micro-batch {layout.micro_batch_size})"]
+    lines += [f"  {name:<48} {value / GIB:>12,.3f} GiB" for name, value in result.memory.items()]
+    lines += [f"  {'total':<48} {result.total_memory / GIB:>12,.3f} GiB"]
+    lines += ["", "floating-point operations a sample"]
+    lines += [f"  {name:<48} {value / 1e9:>12,.2f} GFLOP" for name, value in result.flops.items()]
+    samples = config.max_steps * config.global_batch_size
+    shares = 1 if config.groups_per_sample == "all" else config.model["num_groups"]
+    lines += [
+        "",
+        "batch",
+        f"  global {layout.global_batch_size} = {layout.world_size} GPUs x micro-batch {layout.micro_batch_size} x "
+        f"{layout.accumulation_steps} accumulation steps; each group sees {layout.global_batch_size // shares} samples a step",
+        "",
+        f"time at {assumed.utilisation:.0%} of {assumed.peak_tflops:g} TFLOP/s a GPU",
+        f"  {config.max_steps:,} steps, {samples:,} samples: {result.seconds / 3600:,.2f} hours",
+    ]
+    return "\n".join(lines)
+
+
+def dry_run(config: TrainingConfig, assumed: Assumptions) -> DryRun:
+    """Build a run's parts on the meta device and count.
+
+    A run with a tiny VLM reads its data for the prompts; others take the number and length of prompts from the assumptions.
+
+    Raises:
+        UserError: as the run itself would.
+    """
+    image_channels = 1 if config.data.dataset == "digits" else 3
+    if config.vlm.path is None:
+        images = load_image_dataset(config.data)
+        image_channels = images.image_channels
+        vlm_config, tokenizer = tiny_vlm_parts(config, images)
+        with torch.device("meta"):
+            vlm = AutoModelForImageTextToText.from_config(vlm_config)
+        tokens = tokenize_prompts(tokenizer, [*images.prompts, config.data.null_prompt])["input_ids"]
+        assumed = replace(assumed, num_prompts=tokens.shape[0], prompt_tokens=tokens.shape[1])
+    else:
+        vlm = meta_vlm(config.vlm.path)
+    codec = meta_codec(config, image_channels)
+    try:
+        model_config = LatteFlowConfig(
+            vlm_config=vlm.config,
+            latent_channels=codec.latent_channels,
+            latent_size=codec.latent_size(config.data.resolution),
+            **config.model,
+        )
+    except ValueError as error:
+        raise error if isinstance(error, UserError) else UserError(str(error)) from error
+    layout = make_batch_layout(config, num_groups=model_config.num_groups, world_size=assumed.gpus, rank=0)
+    load_deepspeed_config(config, layout)
+    return count(config, vlm, model_config, codec, layout, assumed)
