@@ -290,6 +290,8 @@ class Trainer:
     def _log(self, gradient_norms: dict[str, Tensor]) -> float:
         """Report the steps since the last report; return their mean loss. Collective."""
         losses = self.meter.compute()
+        with torch.no_grad():  # on every rank: under ZeRO-3 running a module gathers its weights, a collective
+            gates = self.model.gate_values(torch.linspace(1000, 0, 21, device=self.device))
         now = time.perf_counter()
         steps, seconds = self.step - self._logged_step, now - self._logged_time
         self._logged_step, self._logged_time = self.step, now
@@ -304,9 +306,7 @@ class Trainer:
             }
             metrics |= {f"grad_norm_{label}": float(norm) for label, norm in gradient_norms.items()}
             self.writer.scalars(self.step, metrics)
-            with torch.no_grad():
-                timesteps = torch.linspace(1000, 0, 21, device=self.device)
-                self.writer.gates(self.step, self.model.gate_values(timesteps))
+            self.writer.gates(self.step, gates)
         return losses["loss"]
 
     def _draw_samples(self) -> None:
