@@ -73,7 +73,7 @@ def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
                 f"codec: takes {codec.image_channels} image channels, data.dataset {images.name} has {images.image_channels}"
             )
         latent_size = codec.latent_size(config.data.resolution)
-        if config.vlm.path is None and (saved / VLM_FOLDER).is_dir():
+        if config.vlm.path is None and (saved / PIPELINE_FILE).is_file() and (saved / VLM_FOLDER).is_dir():
             # Not built again from its seed: another version of torch might draw other weights.
             vlm, tokenizer = load_vlm(saved / VLM_FOLDER, dtype=torch.float32, tokenizer_path=saved / TOKENIZER_FOLDER)
         elif config.vlm.path is None:
@@ -204,6 +204,10 @@ class Trainer:
         self.meter = LossMeter(experts.num_groups, config.logging.timestep_bins, self.device)
         self.checkpoints = CheckpointStore(self.output_dir / "checkpoints", config.checkpoint.keep_last)
         self.step = self._resume()
+        if self.rank == 0:
+            save_config(
+                self.config, self.output_dir / CONFIG_FILE
+            )  # max_steps and the like may differ from the run's so far
         self.writer = MetricsWriter(self.output_dir, self.step) if self.rank == 0 else None
 
     def train(self) -> None:
@@ -372,15 +376,16 @@ class Trainer:
         dist.barrier()
 
     def _write_components(self, model: LatteFlowModel, vlm) -> None:
-        """Make the output_dir complete in itself: the resolved configuration, and the model folder without weights."""
+        """Make the output_dir of a new run complete in itself: its configuration, and the model folder without weights."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if not (self.output_dir / CONFIG_FILE).exists():
+            save_config(self.config, self.output_dir / CONFIG_FILE)
+        if not (
+            self.output_dir / MODEL_FOLDER / PIPELINE_FILE
+        ).exists():  # written last: without it the folder is incomplete
             pipeline = LatteFlowPipeline(model, vlm, self.tokenizer, self.codec, self.pipeline_config)
             pipeline.save_components(self.output_dir / MODEL_FOLDER)
             model.train()
-        save_config(
-            self.config, self.output_dir / CONFIG_FILE
-        )  # last: its presence says that the model folder is there
 
     def _say(self, message: str) -> None:
         if self.rank == 0:

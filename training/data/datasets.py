@@ -93,6 +93,7 @@ def load_parquet_dataset(config: DataConfig) -> ImageDataset:
         UserError: when the path, a column or every image is missing.
     """
     import datasets  # costs a second to import; the digits preset does without
+    import pyarrow.parquet
 
     if config.path is None or not Path(config.path).exists():
         raise UserError(f"data.path: {config.path} not found; accepted: a Parquet file, or a folder of them")
@@ -100,6 +101,8 @@ def load_parquet_dataset(config: DataConfig) -> ImageDataset:
     files = sorted(str(f) for f in path.glob("**/*.parquet")) if path.is_dir() else [str(path)]
     if not files:
         raise UserError(f"data.path: {path} holds no *.parquet file")
+    if not any(pyarrow.parquet.read_metadata(file).num_rows for file in files):
+        raise UserError(f"data.path: {path} holds zero images; at least one is needed")
     table = datasets.load_dataset("parquet", data_files=files, split="train")
     for name, column in (("data.image_column", config.image_column), ("data.text_column", config.text_column)):
         if column not in table.column_names:
@@ -142,7 +145,4 @@ def load_image_dataset(config: DataConfig) -> ImageDataset:
     Raises:
         UserError: when they are missing, of the wrong size, or none.
     """
-    dataset = LOADERS[config.dataset](config)
-    if len(dataset) == 0:
-        raise UserError(f"data.path: {config.path} holds zero images; at least one is needed")
-    return dataset
+    return LOADERS[config.dataset](config)
