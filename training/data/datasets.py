@@ -90,7 +90,7 @@ def load_parquet_dataset(config: DataConfig) -> ImageDataset:
     """Return Parquet files with an image column and a column of captions or class labels, read through ``datasets``.
 
     Raises:
-        UserError: when the path, a column or every image is missing.
+        UserError: when the path, a column or every image is missing, a file is damaged, or the image column holds no images.
     """
     import datasets  # costs a second to import; the digits preset does without
     import pyarrow.parquet
@@ -101,15 +101,31 @@ def load_parquet_dataset(config: DataConfig) -> ImageDataset:
     files = sorted(str(f) for f in path.glob("**/*.parquet")) if path.is_dir() else [str(path)]
     if not files:
         raise UserError(f"data.path: {path} holds no *.parquet file")
-    if not any(pyarrow.parquet.read_metadata(file).num_rows for file in files):
+    num_images = 0
+    for file in files:
+        try:
+            num_images += pyarrow.parquet.read_metadata(file).num_rows
+        except (OSError, ValueError) as error:
+            raise UserError(f"data.path: {file} is no Parquet file, or damaged: {error}") from error
+    if num_images == 0:
         raise UserError(f"data.path: {path} holds zero images; at least one is needed")
-    table = datasets.load_dataset("parquet", data_files=files, split="train")
+    try:
+        table = datasets.load_dataset("parquet", data_files=files, split="train")
+    except datasets.exceptions.DatasetsError as error:
+        raise UserError(f"data.path: cannot read {path}: {' '.join(str(error.__cause__ or error).split())}") from error
     for name, column in (("data.image_column", config.image_column), ("data.text_column", config.text_column)):
         if column not in table.column_names:
             raise UserError(f"{name}: {column!r} is not in {path}; accepted: {', '.join(table.column_names)}")
-    table = table.cast_column(config.image_column, datasets.Image(mode="RGB"))
     label = table.features[config.text_column]
     texts = table[config.text_column]
+    try:
+        table = table.cast_column(config.image_column, datasets.Image(mode="RGB"))
+        if table[0][config.image_column] is None:
+            raise ValueError("the first one is empty")
+    except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
+        raise UserError(
+            f"data.image_column: {config.image_column!r} of {path} does not hold images: {error}"
+        ) from error
     class_names = label.names if isinstance(label, datasets.ClassLabel) else None
     if class_names is not None:
         names, rows = list(class_names), list(texts)
@@ -145,4 +161,7 @@ def load_image_dataset(config: DataConfig) -> ImageDataset:
     Raises:
         UserError: when they are missing, of the wrong size, or none.
     """
-    return LOADERS[config.dataset](config)
+    dataset = LOADERS[config.dataset](config)
+    if len(dataset) == 0:
+        raise UserError(f"data.path: {config.path} holds zero images; at least one is needed")
+    return dataset
