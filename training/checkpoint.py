@@ -7,6 +7,7 @@ place, and only then does ``latest`` name it. A folder is a checkpoint exactly i
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor
 from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from training.ema import EMA_KEY
 from training.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 MODEL_FOLDER = "model"
 """Where an output_dir keeps the model folder without weights (model/pipeline.py), beside ``checkpoints``."""
@@ -168,8 +171,10 @@ def find_checkpoint(path: Path) -> Path:
             raise UserError(f"{path}: damaged: " + "; ".join(f"{name} {what}" for name, what in problems.items()))
         return path
     for candidate in reversed(list_checkpoints(path / "checkpoints")):
-        if not dict(_check_files(candidate, list)):
+        problems = dict(_check_files(candidate, list))
+        if not problems:
             return candidate
+        logger.warning("%s skipped: %s", candidate, "; ".join(f"{name} {what}" for name, what in problems.items()))
     raise UserError(f"{path}: holds no valid checkpoint; accepted: a training output_dir, or one step's folder of it")
 
 

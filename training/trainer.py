@@ -209,6 +209,7 @@ class Trainer:
                 self.config, self.output_dir / CONFIG_FILE
             )  # max_steps and the like may differ from the run's so far
         self.writer = MetricsWriter(self.output_dir, self.step) if self.rank == 0 else None
+        self._say(self._describe(images))
 
     def train(self) -> None:
         """Train up to ``max_steps``, then leave a checkpoint and a sample grid of the last step."""
@@ -386,6 +387,17 @@ class Trainer:
             pipeline = LatteFlowPipeline(model, vlm, self.tokenizer, self.codec, self.pipeline_config)
             pipeline.save_components(self.output_dir / MODEL_FOLDER)
             model.train()
+
+    def _describe(self, images: ImageDataset) -> str:
+        """Return in two lines what is trained, on what, and how the batch is spread."""
+        model, layout, experts = self.model, self.layout, self.model.experts
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+        return (
+            f"{model.config.variant}: {trained / 1e6:.2f} M trained parameters, {experts.num_groups} groups of "
+            f"{experts.group_size} layers, attention by {model.layers[0].spec.backend}\n"
+            f"{images.name}: {len(images)} images, {len(images.prompts)} prompts; batch {layout.global_batch_size} = "
+            f"{layout.world_size} ranks x {layout.micro_batch_size} x {layout.accumulation_steps} accumulation steps"
+        )
 
     def _say(self, message: str) -> None:
         if self.rank == 0:
