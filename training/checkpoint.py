@@ -7,6 +7,7 @@ place, and only then does ``latest`` name it. A folder is a checkpoint exactly i
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -20,12 +21,20 @@ from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from training.ema import EMA_KEY
 from training.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 MODEL_FOLDER = "model"
 """Where an output_dir keeps the model folder without weights (model/pipeline.py), beside ``checkpoints``."""
 MANIFEST = "manifest.json"
 LATEST = "latest"
 PARTIAL_SUFFIX = ".partial"
 WEIGHTS = ("ema", "model")
+ZERO_KEYS = {
+    1: ("single_partition_of_fp32_groups", "base_optimizer_state"),
+    2: ("single_partition_of_fp32_groups", "base_optimizer_state"),
+    3: ("fp32_flat_groups", "optimizer_state_dict"),
+}
+"""Where a ZeRO stage's shard file keeps the master weights and the base optimizer's state."""
 
 
 def step_name(step: int) -> str:
@@ -162,8 +171,10 @@ def find_checkpoint(path: Path) -> Path:
             raise UserError(f"{path}: damaged: " + "; ".join(f"{name} {what}" for name, what in problems.items()))
         return path
     for candidate in reversed(list_checkpoints(path / "checkpoints")):
-        if not dict(_check_files(candidate, list)):
+        problems = dict(_check_files(candidate, list))
+        if not problems:
             return candidate
+        logger.warning("%s skipped: %s", candidate, "; ".join(f"{name} {what}" for name, what in problems.items()))
     raise UserError(f"{path}: holds no valid checkpoint; accepted: a training output_dir, or one step's folder of it")
 
 
@@ -204,20 +215,25 @@ def read_weights(path: Path, which: str) -> dict[str, Tensor]:
     if which not in WEIGHTS:
         raise UserError(f"weights: {which!r} is unknown; accepted values: {', '.join(WEIGHTS)}")
     model_states = zero_to_fp32.parse_model_states(zero_to_fp32.get_model_state_files(str(path)))
-    shards = []
+    shards, stage = [], None
     for file in zero_to_fp32.get_optim_files(str(path)):
         shard = torch.load(file, map_location="cpu", weights_only=False, mmap=True)["optimizer_state_dict"]
-        if which == "model":
-            shards.append(shard["single_partition_of_fp32_groups"])
-            continue
-        states = shard["base_optimizer_state"]["state"]
-        if any(EMA_KEY not in state for state in states.values()):
-            raise UserError(f"{file}: holds no averaged weights; accepted: --weights model")
-        sizes = [
-            len(group) for group in shard["single_partition_of_fp32_groups"]
-        ]  # the state keeps the shard's padding
-        shards.append([states[i][EMA_KEY][:size] for i, size in enumerate(sizes)])
-    return zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint(len(shards), shards, model_states, False)
+        stage = int(shard["zero_stage"])
+        master_key, optimizer_key = ZERO_KEYS[stage]
+        masters = shard[master_key]
+        if which == "ema":
+            states = shard[optimizer_key]["state"]
+            if any(EMA_KEY not in state for state in states.values()):
+                raise UserError(f"{file}: holds no averaged weights; accepted: --weights model")
+            # The optimizer's state keeps the padding of its shard; the master weights are saved without.
+            masters = [states[i][EMA_KEY][: len(master)] for i, master in enumerate(masters)]
+        shards.append(masters)
+    merge = zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint
+    if stage == 3:
+        merge = zero_to_fp32._get_fp32_state_dict_from_zero3_checkpoint
+    merged = merge(len(shards), shards, model_states, False)
+    # ZeRO-3 hands out pseudo-tensors that gather their shards on demand.
+    return {name: tensor.contiguous() for name, tensor in merged.items()}
 
 
 def _check_files(path: Path, share):

@@ -7,6 +7,7 @@ Unknown fields are errors. The fields under ``model`` are those of model.configu
 import dataclasses
 import inspect
 import math
+import os
 import re
 import string
 import sys
@@ -347,7 +348,7 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     _check_values({f.name: f.type for f in dataclasses.fields(TrainingConfig) if f.name != "model"}, namespace)
     _check_values({"model": _network_fields(), "assume": Assumptions}, namespace)
     model = _plain(namespace.model.as_dict())
-    fields = parser.instantiate_classes(namespace)
+    fields = parser.instantiate(namespace)
     names = [f.name for f in dataclasses.fields(TrainingConfig) if f.name != "model"]
     config = TrainingConfig(**{name: fields[name] for name in names}, model=model)
     return Command(config=config, dry_run=fields["dry_run"], assume=fields["assume"])
@@ -419,8 +420,10 @@ def load_config(path: Path) -> TrainingConfig:
 
 
 def save_config(config: TrainingConfig, path: Path) -> None:
-    """Write every field with its value as YAML."""
-    path.write_text(to_yaml(config))
+    """Write every field with its value as YAML; the file is replaced as a whole."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(to_yaml(config))
+    os.replace(partial, path)
 
 
 def to_yaml(config: TrainingConfig) -> str:

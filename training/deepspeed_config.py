@@ -7,7 +7,7 @@ from training.config import TrainingConfig
 from training.data.loader import BatchLayout
 from training.errors import UserError
 
-SUPPORTED_STAGES = (1, 2)
+SUPPORTED_STAGES = (1, 2, 3)
 
 
 def make_batch_layout(config: TrainingConfig, *, num_groups: int, world_size: int, rank: int) -> BatchLayout:

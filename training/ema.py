@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
+from training.zero import master_shards, refresh_model_weights
+
 EMA_KEY = "ema"
 """Name of the average in the optimizer's state, beside exp_avg and exp_avg_sq."""
 
@@ -57,10 +59,10 @@ def ema_weights(engine) -> Iterator[None]:
     the shards as after an optimizer step. Before the first step there is no average, and the body sees the weights themselves.
 
     Args:
-        engine: a DeepSpeed engine with ZeRO stage 1 or 2 over an AdamWWithEMA.
+        engine: a DeepSpeed engine with ZeRO over an AdamWWithEMA.
     """
     zero = engine.optimizer
-    shards = [p for p in zero.single_partition_of_fp32_groups if EMA_KEY in zero.optimizer.state.get(p, {})]
+    shards = [p for p in master_shards(zero) if EMA_KEY in zero.optimizer.state.get(p, {})]
     if not shards:
         yield
         return
@@ -71,7 +73,7 @@ def ema_weights(engine) -> Iterator[None]:
             trained = shard.data.clone()
             shard.data.copy_(average)
             average.copy_(trained)
-        zero.update_lp_params()
+        refresh_model_weights(zero)
 
     swap()
     try:

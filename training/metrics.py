@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from model.flow_matching import NUM_TRAIN_TIMESTEPS
+from training.zero import gradient_norms
 
 
 class LossMeter:
@@ -66,17 +67,13 @@ def expert_gradient_norms(engine, group_labels: list[str]) -> dict[str, Tensor]:
     """Return the gradient's norm per label, before clipping, over all ranks. Collective; call it between backward and step.
 
     Args:
-        engine: a DeepSpeed engine with ZeRO stage 1 or 2, at a gradient accumulation boundary.
+        engine: a DeepSpeed engine with ZeRO, at a gradient accumulation boundary.
         group_labels: the label of each of the optimizer's parameter groups; groups of one label are added.
     """
-    zero = engine.optimizer
     squares: dict[str, Tensor] = {}
-    for i, label in enumerate(group_labels):
-        if zero.cpu_offload:
-            norm = zero.complete_grad_norm_calculation_for_cpu_offload(zero.params_in_partition[i])
-        else:
-            norm = zero.get_grad_norm_direct(zero.averaged_gradients[i], zero.params_in_partition[i])
-        squares[label] = squares.get(label, 0) + torch.as_tensor(norm).float().square()
+    for index, norm in gradient_norms(engine.optimizer):
+        label = group_labels[index]
+        squares[label] = squares.get(label, 0) + norm.float().square()
     return {label: square.sqrt() for label, square in squares.items()}
 
 

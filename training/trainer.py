@@ -73,7 +73,7 @@ def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
                 f"codec: takes {codec.image_channels} image channels, data.dataset {images.name} has {images.image_channels}"
             )
         latent_size = codec.latent_size(config.data.resolution)
-        if config.vlm.path is None and (saved / VLM_FOLDER).is_dir():
+        if config.vlm.path is None and (saved / PIPELINE_FILE).is_file() and (saved / VLM_FOLDER).is_dir():
             # Not built again from its seed: another version of torch might draw other weights.
             vlm, tokenizer = load_vlm(saved / VLM_FOLDER, dtype=torch.float32, tokenizer_path=saved / TOKENIZER_FOLDER)
         elif config.vlm.path is None:
@@ -204,7 +204,12 @@ class Trainer:
         self.meter = LossMeter(experts.num_groups, config.logging.timestep_bins, self.device)
         self.checkpoints = CheckpointStore(self.output_dir / "checkpoints", config.checkpoint.keep_last)
         self.step = self._resume()
+        if self.rank == 0:
+            save_config(
+                self.config, self.output_dir / CONFIG_FILE
+            )  # max_steps and the like may differ from the run's so far
         self.writer = MetricsWriter(self.output_dir, self.step) if self.rank == 0 else None
+        self._say(self._describe(images))
 
     def train(self) -> None:
         """Train up to ``max_steps``, then leave a checkpoint and a sample grid of the last step."""
@@ -290,6 +295,8 @@ class Trainer:
     def _log(self, gradient_norms: dict[str, Tensor]) -> float:
         """Report the steps since the last report; return their mean loss. Collective."""
         losses = self.meter.compute()
+        with torch.no_grad():  # on every rank: under ZeRO-3 running a module gathers its weights, a collective
+            gates = self.model.gate_values(torch.linspace(1000, 0, 21, device=self.device))
         now = time.perf_counter()
         steps, seconds = self.step - self._logged_step, now - self._logged_time
         self._logged_step, self._logged_time = self.step, now
@@ -304,9 +311,7 @@ class Trainer:
             }
             metrics |= {f"grad_norm_{label}": float(norm) for label, norm in gradient_norms.items()}
             self.writer.scalars(self.step, metrics)
-            with torch.no_grad():
-                timesteps = torch.linspace(1000, 0, 21, device=self.device)
-                self.writer.gates(self.step, self.model.gate_values(timesteps))
+            self.writer.gates(self.step, gates)
         return losses["loss"]
 
     def _draw_samples(self) -> None:
@@ -372,15 +377,27 @@ class Trainer:
         dist.barrier()
 
     def _write_components(self, model: LatteFlowModel, vlm) -> None:
-        """Make the output_dir complete in itself: the resolved configuration, and the model folder without weights."""
+        """Make the output_dir of a new run complete in itself: its configuration, and the model folder without weights."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if not (self.output_dir / CONFIG_FILE).exists():
+            save_config(self.config, self.output_dir / CONFIG_FILE)
+        if not (
+            self.output_dir / MODEL_FOLDER / PIPELINE_FILE
+        ).exists():  # written last: without it the folder is incomplete
             pipeline = LatteFlowPipeline(model, vlm, self.tokenizer, self.codec, self.pipeline_config)
             pipeline.save_components(self.output_dir / MODEL_FOLDER)
             model.train()
-        save_config(
-            self.config, self.output_dir / CONFIG_FILE
-        )  # last: its presence says that the model folder is there
+
+    def _describe(self, images: ImageDataset) -> str:
+        """Return in two lines what is trained, on what, and how the batch is spread."""
+        model, layout, experts = self.model, self.layout, self.model.experts
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+        return (
+            f"{model.config.variant}: {trained / 1e6:.2f} M trained parameters, {experts.num_groups} groups of "
+            f"{experts.group_size} layers, attention by {model.layers[0].spec.backend}\n"
+            f"{images.name}: {len(images)} images, {len(images.prompts)} prompts; batch {layout.global_batch_size} = "
+            f"{layout.world_size} ranks x {layout.micro_batch_size} x {layout.accumulation_steps} accumulation steps"
+        )
 
     def _say(self, message: str) -> None:
         if self.rank == 0:
