@@ -69,13 +69,15 @@ class CodecConfig:
 
     Args:
         kind: pixel, an invertible rearrangement of pixels; dc-ae, diffusers' AutoencoderDC.
-        path: folder or hub id of the autoencoder, for dc-ae.
+        path: folder or hub id of the autoencoder, for dc-ae; null takes the preset's.
+        preset: a published DC-AE by name; its scaling factor is checked against the checkpoint that is loaded.
         scaling_factor: what latents are multiplied by; checked against the checkpoint's. Null takes the checkpoint's.
         patch: side in pixels of one latent position, for pixel; 1 is the identity.
     """
 
     kind: Literal["pixel", "dc-ae"] = "dc-ae"
     path: str | None = None
+    preset: Literal["dc-ae-f32c32-in-1.0", "dc-ae-f32c32-sana-1.0"] | None = None
     scaling_factor: float | None = None
     patch: int = 1
 

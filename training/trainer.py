@@ -62,6 +62,7 @@ def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
     codec_arguments = {
         "kind": config.codec.kind,
         "path": config.codec.path,
+        "preset": config.codec.preset,
         "scaling_factor": config.codec.scaling_factor,
         "image_channels": images.image_channels,
         "patch": config.codec.patch,
