@@ -168,7 +168,7 @@ class DCAECodec(LatentCodec):
     def fingerprint(self) -> str:
         """Return the SHA-256 of the encoder's weights, rounded to bfloat16, and of the scaling factor.
 
-        Rounded, so that it does not matter in which type the weights are loaded; of the encoder alone, because an autoencoder whose
+        Rounded, so that the type the weights are loaded in does not matter; of the encoder alone, because an autoencoder whose
         decoder was tuned has the same latents.
         """
         digest = hashlib.sha256(f"{self.scaling_factor:.6g}".encode())
