@@ -122,6 +122,7 @@ def encode_latents(
         return
     with tqdm(total=len(images), unit="image", desc="encoding", disable=rank != 0, mininterval=1.0) as progress:
         _update(progress, writer)
+        progress.initial = progress.n  # the rate is that of this start
         mine = [shard for shard in range(rank, writer.num_shards, world_size) if not writer.is_complete(shard)]
         for shard, latents, sources in _encoded_shards(
             writer, mine, images, encoder.to(device), batch_size, num_workers, progress

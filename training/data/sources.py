@@ -110,6 +110,8 @@ def _read_files(path: Path, kind: str, pattern: str, accepted: str):
 def _read_saved(path: Path):
     import datasets
 
+    if (path / "state.json").is_file() and not any(path.glob("*.arrow")):  # datasets writes no file for no rows
+        raise UserError(f"data.path: {path} holds zero images; at least one is needed")
     try:
         table = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
