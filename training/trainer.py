@@ -27,7 +27,8 @@ from model.sampling import image_seeds, initial_noise, sample_latents
 from model.vlm import build_tiny_tokenizer, build_tiny_vlm, fingerprint, load_vlm, tiny_vlm_config
 from training.checkpoint import MODEL_FOLDER, CheckpointStore, step_name
 from training.config import TrainingConfig, differences, load_config, save_config, to_yaml
-from training.data.datasets import ImageDataset, load_image_dataset
+from training.data.datasets import ImageDataset, check_same_data, describe_data, load_image_dataset
+from training.data.latents import LatentDataset
 from training.data.loader import Batch, FlowMatchingSamples, make_loader
 from training.deepspeed_config import load_deepspeed_config, make_batch_layout
 from training.ema import AdamWWithEMA, ema_weights
@@ -35,6 +36,7 @@ from training.errors import UserError
 from training.metrics import LossMeter, MetricsWriter, expert_gradient_norms
 
 CONFIG_FILE = "config.yaml"
+DATA_FILE = "data.json"
 
 
 def tiny_vlm_parts(config: TrainingConfig, images: ImageDataset):
@@ -62,6 +64,7 @@ def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
     codec_arguments = {
         "kind": config.codec.kind,
         "path": config.codec.path,
+        "preset": config.codec.preset,
         "scaling_factor": config.codec.scaling_factor,
         "image_channels": images.image_channels,
         "patch": config.codec.patch,
@@ -73,6 +76,8 @@ def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
                 f"codec: takes {codec.image_channels} image channels, data.dataset {images.name} has {images.image_channels}"
             )
         latent_size = codec.latent_size(config.data.resolution)
+        if isinstance(images, LatentDataset):
+            images.check_codec(codec)
         if config.vlm.path is None and (saved / PIPELINE_FILE).is_file() and (saved / VLM_FOLDER).is_dir():
             # Not built again from its seed: another version of torch might draw other weights.
             vlm, tokenizer = load_vlm(saved / VLM_FOLDER, dtype=torch.float32, tokenizer_path=saved / TOKENIZER_FOLDER)
@@ -152,6 +157,8 @@ class Trainer:
 
         self._check_output_dir()
         images = load_image_dataset(config.data)
+        check_same_data(images, self.output_dir / DATA_FILE)
+        self.data_description = describe_data(images)
         vlm, self.tokenizer, codec, model_config, self.pipeline_config = build_components(
             config, images, self.output_dir / MODEL_FOLDER
         )
@@ -277,7 +284,8 @@ class Trainer:
     def compute_losses(self, batch: Batch) -> Tensor:
         """Return the flow-matching loss of each row of a batch, [rows] (paper Eq. 1)."""
         with torch.no_grad():
-            data = self.codec.encode(batch.images).float()[batch.image_rows]
+            latents = batch.latents if batch.latents is not None else self.codec.encode(batch.images)
+            data = latents.float()[batch.image_rows]
         noisy = interpolate(data, batch.noise, batch.timesteps)
         velocity = self.engine(
             noisy,
