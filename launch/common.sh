@@ -51,6 +51,8 @@ setup_environment() {
     ) 9>"$ROOT/.setup.lock" || exit $?
     PATH="$venv/bin:$PATH"
     export PATH
+    # Compiled operators belong to the environment: shared between two environments they would be compiled anew at every change.
+    export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions}
 }
 
 # Without a GPU, DeepSpeed runs on the CPU; it compiles a small communication operator at its first start.

@@ -214,7 +214,14 @@ def load_codec(
             f"({', '.join(PRESETS)})"
         )
     try:
-        autoencoder = AutoencoderDC.from_pretrained(path, torch_dtype=dtype or torch.float32)
-    except OSError as error:
+        found = AutoencoderDC.load_config(path).get("_class_name")
+        if found != AutoencoderDC.__name__:
+            raise ValueError(f"it holds a {found}; accepted: an {AutoencoderDC.__name__}")
+        autoencoder, report = AutoencoderDC.from_pretrained(
+            path, torch_dtype=dtype or torch.float32, output_loading_info=True
+        )
+        if report["missing_keys"]:  # diffusers leaves these random and goes on
+            raise ValueError(f"its weights lack {', '.join(report['missing_keys'][:3])}, ...")
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: weights of other shapes
         raise ValueError(f"codec.path: cannot load {path}: {error}") from error
     return DCAECodec(autoencoder, scaling_factor)

@@ -7,6 +7,7 @@ place, and only then does ``latest`` name it. A folder is a checkpoint exactly i
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor
 from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from training.ema import EMA_KEY
 from training.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 MODEL_FOLDER = "model"
 """Where an output_dir keeps the model folder without weights (model/pipeline.py), beside ``checkpoints``."""
@@ -136,9 +139,8 @@ class CheckpointStore:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the committed checkpoints of a run, oldest first; partial ones are none."""
-    return sorted(
-        path.parent for path in folder.glob(f"step_*/{MANIFEST}") if not path.parent.name.endswith(PARTIAL_SUFFIX)
-    )
+    paths = [path.parent for path in folder.glob(f"step_*/{MANIFEST}") if not path.parent.name.endswith(PARTIAL_SUFFIX)]
+    return sorted(paths, key=lambda path: (len(path.name), path.name))  # step_10000000 comes after step_9999999
 
 
 def read_manifest(path: Path) -> dict:
@@ -149,10 +151,12 @@ def read_manifest(path: Path) -> dict:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        if not isinstance(manifest["step"], int) or not isinstance(manifest["files"], dict):
-            raise KeyError("step, files")
+        numbers = [manifest["step"], manifest["world_size"], *(entry["bytes"] for entry in manifest["files"].values())]
+        digests = [entry["sha256"] for entry in manifest["files"].values()]
+        if not all(isinstance(n, int) for n in numbers) or not all(isinstance(d, str) for d in digests):
+            raise TypeError("step, world_size, files: wrong types")
         return manifest
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path / MANIFEST}: missing or damaged ({error})") from error
 
 
@@ -168,8 +172,10 @@ def find_checkpoint(path: Path) -> Path:
             raise UserError(f"{path}: damaged: " + "; ".join(f"{name} {what}" for name, what in problems.items()))
         return path
     for candidate in reversed(list_checkpoints(path / "checkpoints")):
-        if not dict(_check_files(candidate, list)):
+        problems = dict(_check_files(candidate, list))
+        if not problems:
             return candidate
+        logger.warning("%s skipped: %s", candidate, "; ".join(f"{name} {what}" for name, what in problems.items()))
     raise UserError(f"{path}: holds no valid checkpoint; accepted: a training output_dir, or one step's folder of it")
 
 

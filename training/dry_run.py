@@ -180,7 +180,7 @@ def count(
         "gradients": trained * width / (shards if stage["stage"] >= 2 else 1),
         "optimizer (master weights, moments, average)": 0 if stage["offload"] else trained * OPTIMIZER_BYTES / shards,
         "communication buckets": (stage["reduce_bucket"] * (2 if stage["overlap"] else 1)) * width,
-        "activations": activations,
+        "activations kept for the backward pass": activations,
         "context cache": context.num_bytes if context is not None else 0,
     }
     if isinstance(codec, DCAECodec) and config.data.dataset != "latents":

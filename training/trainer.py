@@ -78,7 +78,7 @@ def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
         latent_size = codec.latent_size(config.data.resolution)
         if isinstance(images, LatentDataset):
             images.check_codec(codec)
-        if config.vlm.path is None and (saved / VLM_FOLDER).is_dir():
+        if config.vlm.path is None and (saved / PIPELINE_FILE).is_file() and (saved / VLM_FOLDER).is_dir():
             # Not built again from its seed: another version of torch might draw other weights.
             vlm, tokenizer = load_vlm(saved / VLM_FOLDER, dtype=torch.float32, tokenizer_path=saved / TOKENIZER_FOLDER)
         elif config.vlm.path is None:
@@ -211,7 +211,12 @@ class Trainer:
         self.meter = LossMeter(experts.num_groups, config.logging.timestep_bins, self.device)
         self.checkpoints = CheckpointStore(self.output_dir / "checkpoints", config.checkpoint.keep_last)
         self.step = self._resume()
+        if self.rank == 0:
+            save_config(
+                self.config, self.output_dir / CONFIG_FILE
+            )  # max_steps and the like may differ from the run's so far
         self.writer = MetricsWriter(self.output_dir, self.step) if self.rank == 0 else None
+        self._say(self._describe(images))
 
     def train(self) -> None:
         """Train up to ``max_steps``, then leave a checkpoint and a sample grid of the last step."""
@@ -380,16 +385,28 @@ class Trainer:
         dist.barrier()
 
     def _write_components(self, model: LatteFlowModel, vlm) -> None:
-        """Make the output_dir complete in itself: the resolved configuration, and the model folder without weights."""
+        """Make the output_dir of a new run complete in itself: its configuration, and the model folder without weights."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if not (self.output_dir / CONFIG_FILE).exists():
+            save_config(self.config, self.output_dir / CONFIG_FILE)
+        if not (
+            self.output_dir / MODEL_FOLDER / PIPELINE_FILE
+        ).exists():  # written last: without it the folder is incomplete
             pipeline = LatteFlowPipeline(model, vlm, self.tokenizer, self.codec, self.pipeline_config)
             pipeline.save_components(self.output_dir / MODEL_FOLDER)
             model.train()
         (self.output_dir / DATA_FILE).write_text(self.data_description)
-        save_config(
-            self.config, self.output_dir / CONFIG_FILE
-        )  # last: its presence says that the model folder is there
+
+    def _describe(self, images: ImageDataset) -> str:
+        """Return in two lines what is trained, on what, and how the batch is spread."""
+        model, layout, experts = self.model, self.layout, self.model.experts
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+        return (
+            f"{model.config.variant}: {trained / 1e6:.2f} M trained parameters, {experts.num_groups} groups of "
+            f"{experts.group_size} layers, attention by {model.layers[0].spec.backend}\n"
+            f"{images.name}: {len(images)} images, {len(images.prompts)} prompts; batch {layout.global_batch_size} = "
+            f"{layout.world_size} ranks x {layout.micro_batch_size} x {layout.accumulation_steps} accumulation steps"
+        )
 
     def _say(self, message: str) -> None:
         if self.rank == 0:

@@ -1,0 +1,111 @@
+"""The dry run counts what the real run has: against the built model, the paper's arithmetic, and measured memory."""
+
+import gc
+
+import psutil
+import pytest
+import torch
+from transformers import Qwen2VLForConditionalGeneration
+
+from model.context import build_context_cache
+from model.latte_flow import LatteFlowModel
+from training.config import Assumptions, parse_command, parse_config
+from training.data.datasets import load_image_dataset
+from training.dry_run import dry_run, format_table
+from training.errors import UserError
+from training.trainer import build_components
+
+PAPER = [
+    "--config=training/configs/digits.yaml",
+    "--vlm.path=training/configs/backbones/qwen2_vl_2b",
+    "--codec.kind=dc-ae",
+    "--codec.path=training/configs/backbones/dc_ae_f32c32_in_1.0",
+    "--data.dataset=parquet",
+    "--data.resolution=256",
+    "--global_batch_size=2048",
+    "--max_steps=240000",
+    "--precision=bf16",
+]
+
+
+@pytest.fixture(scope="module")
+def paper_run():
+    return dry_run(parse_config(PAPER), Assumptions(gpus=8, prompt_tokens=16))
+
+
+def test_operations_at_paper_size_are_those_of_the_paper_notes(paper_run):
+    """paper.md section 9: 42.4 G a forward of 7 layers, 127 G with backward, 521 G for DC-AE's encoder, 41.9 G a context pass."""
+    assert paper_run.flops["forward"] == pytest.approx(42.4e9, rel=0.02)
+    assert paper_run.flops["forward and backward"] == pytest.approx(127e9, rel=0.02)
+    assert paper_run.flops["encoding the image"] == pytest.approx(521e9, rel=0.01)
+    assert paper_run.flops["context of all prompts, once a run"] / 1001 == pytest.approx(41.9e9, rel=0.02)
+
+
+def test_memory_at_paper_size_follows_the_sharding_arithmetic(paper_run):
+    """ZeRO-2 on 8 ranks: bf16 weights whole; gradients and 16 bytes a parameter of optimizer state an eighth each."""
+    trained = paper_run.parameters["trained"]
+    assert paper_run.memory["weights"] == 2 * trained
+    assert paper_run.memory["gradients"] == pytest.approx(2 * trained / 8)
+    assert paper_run.memory["optimizer (master weights, moments, average)"] == pytest.approx(16 * trained / 8)
+    # paper.md section 9: 86 KB a token of normalised hidden states
+    assert paper_run.memory["context cache"] == 1001 * 16 * 28 * 1536 * 2
+    hours = (127.75e9 + 521.4e9) * 2048 * 240_000 / (8 * 989.5e12 * 0.4) / 3600
+    assert paper_run.seconds / 3600 == pytest.approx(hours, rel=0.01)
+
+
+def build(config, tmp_path):
+    images = load_image_dataset(config.data)
+    vlm, tokenizer, _, model_config, _ = build_components(config, images, tmp_path / "none")
+    torch.manual_seed(0)
+    return images, vlm, tokenizer, LatteFlowModel.from_vlm(vlm, model_config)
+
+
+@pytest.mark.parametrize("variant", ["couple", "blend"])
+def test_parameters_are_those_of_the_built_model(tmp_path, variant):
+    config = parse_config(["--model.variant", variant])
+    counted = dry_run(config, Assumptions(gpus=1)).parameters
+    _, vlm, _, model = build(config, tmp_path)
+    assert isinstance(vlm, Qwen2VLForConditionalGeneration)
+    model.freeze_unreached_parameters()
+    assert counted["VLM"] == sum(p.numel() for p in vlm.parameters())
+    assert counted["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    path = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vlm."))
+    assert counted["generation path (layers, embeddings, head)"] == path
+
+
+def test_activations_agree_with_the_memory_a_real_forward_takes(tmp_path):
+    config = parse_config(["--global_batch_size", "1024"])
+    predicted = dry_run(config, Assumptions(gpus=1)).memory["activations kept for the backward pass"]
+    images, vlm, tokenizer, model = build(config, tmp_path)
+    context = build_context_cache(vlm, tokenizer, [*images.prompts, ""], "generation")
+    batch = torch.randn(1024, 1, 8, 8), torch.rand(1024) * 1000
+    rows = torch.zeros(1024, dtype=torch.long)
+    model(batch[0][:8], batch[1][:8], context=context, context_rows=rows[:8])  # libraries take their own memory once
+    gc.collect()
+    process = psutil.Process()
+    before = process.memory_info().rss
+    velocity = model(*batch, context=context, context_rows=rows)
+    measured = process.memory_info().rss - before
+    assert velocity.requires_grad
+    # The count is of what autograd keeps. Buffers that a forward frees again come on top of it, here a quarter.
+    assert 0.95 * predicted < measured < 1.4 * predicted
+
+
+def test_the_table_names_every_part_and_the_batch_arithmetic(paper_run):
+    config = parse_config(PAPER)
+    table = format_table(config, paper_run, Assumptions(gpus=8))
+    for text in (
+        "1,582.86 M",
+        "ZeRO-2, 8 GPUs, micro-batch 256",
+        "each group sees 512 samples a step",
+        "240,000 steps",
+    ):
+        assert text in table
+
+
+def test_assumptions_come_from_the_command_line_and_are_checked():
+    command = parse_command(["--dry_run", "--assume.gpus", "16"])
+    assert command.dry_run
+    assert command.assume.gpus == 16
+    with pytest.raises(UserError, match=r"assume\.gpus"):
+        parse_command(["--dry_run", "--assume.gpus", "0"])
