@@ -42,8 +42,8 @@ def encode_latents(
     scaling_factor: float | None = None,
     patch: int = 1,
     dataset: str | None = None,
-    image_column: str | None = None,
-    text_column: str | None = None,
+    image_column: str = "auto",
+    text_column: str = "auto",
     class_names: str | None = None,
     max_broken_fraction: float = 0.001,
     resolution: int = 256,
@@ -283,9 +283,13 @@ def make_parser() -> argparse.ArgumentParser:
         choices=("digits", "imagefolder", "parquet", "webdataset", "saved"),
         help="default: found out from PATH",
     )
-    parser.add_argument("--image_column", help="column of images; default: the only one")
     parser.add_argument(
-        "--text_column", help="column of captions or classes; default: text, caption, txt, label or cls"
+        "--image_column", default="auto", help="column of images; auto: 'image', or the only one (default: auto)"
+    )
+    parser.add_argument(
+        "--text_column",
+        default="auto",
+        help="captions or classes; auto: text, caption, txt, label or cls (default: auto)",
     )
     parser.add_argument(
         "--class_names", metavar="imagenet-1k|FILE", help="what classes are called; see data.class_names"

@@ -97,8 +97,8 @@ class DataConfig:
             folder with a metadata.jsonl of captions; parquet, files with an image column; webdataset, tar files; saved, a folder
             written by datasets' save_to_disk; latents, a folder written by tools/encode_latents.py. See docs/data.md.
         path: file or folder of the data, for all but digits.
-        image_column: name of the column of images; null takes the only one.
-        text_column: name of the column of captions or classes; null takes the first there is of text, caption, txt, label, cls.
+        image_column: name of the column of images; auto takes "image", or the only one.
+        text_column: name of the column of captions or classes; auto takes the first there is of text, caption, txt, label, cls.
         class_names: what classes are called in prompts: imagenet-1k, or a text file with a name a line or with lines
             "FOLDER name", such as LOC_synset_mapping.txt. Null: ImageNet's names for its 1000 folders, otherwise the data's own.
         max_broken_fraction: up to which fraction of all images may be broken; such are logged and replaced by the next good one.
@@ -112,8 +112,8 @@ class DataConfig:
 
     dataset: Literal["digits", "imagefolder", "parquet", "webdataset", "saved", "latents"] = "digits"
     path: str | None = None
-    image_column: str | None = None
-    text_column: str | None = None
+    image_column: str = "auto"
+    text_column: str = "auto"
     class_names: str | None = None
     max_broken_fraction: float = 0.001
     resolution: int = 256

@@ -17,6 +17,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from model.autoencoder import load_codec
 from model.images import to_uint8
@@ -322,6 +323,56 @@ def test_training_refuses_latents_that_do_not_fit(digits, tmp_path):
     next((tmp_path / "part").glob("*.arrow")).write_bytes(b"cut")
     with pytest.raises(UserError, match=r"data\.path: .* has 3 bytes"):
         load_image_dataset(latents_config(tmp_path / "part"))
+
+
+# --- docs/data.md ----------------------------------------------------------------------------------------------------------
+
+
+def documented_commands() -> list[str]:
+    lines = (ROOT / "docs" / "data.md").read_text().splitlines()
+    return [line.strip() for line in lines if line.startswith("    ")]
+
+
+def test_the_documented_commands_run_at_tiny_size(dc_ae, tmp_path):
+    """Each command as it stands there, but for the paths, the codec, the sizes and the number of processes."""
+    generator = np.random.default_rng(0)
+    for wnid in ("n01440764", "n01443537"):
+        folder = tmp_path / "imagenet" / "train" / wnid
+        folder.mkdir(parents=True)
+        for i in range(12):
+            pixels = generator.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{wnid}_{i}.JPEG")
+    (tmp_path / "imagenet" / "LOC_synset_mapping.txt").write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish\n")
+
+    results = {}
+    for number, command in enumerate(documented_commands()):
+        words = command.replace("/data/", f"{tmp_path}/").replace("256", str(RESOLUTION))
+        if "tools/encode_latents.py" in command:
+            output = tmp_path / f"output-{number}"
+            words = re.sub(r"--output \S+", f"--output {output}", words)
+            words += f" --codec {dc_ae} --shard_size 5 --batch_size 2 --num_workers 0"
+            words = words.replace(
+                "torchrun --nproc-per-node 8", f"torchrun --nproc-per-node 2 --master-port {free_port()}"
+            )
+            words = words.replace("deepspeed ", f"deepspeed --num_gpus 2 --master_port {free_port()} ")
+            run(words, cwd=ROOT, cache=tmp_path / "cache")
+            results[command] = output
+            if not (tmp_path / "imagenet-latents").exists():
+                (tmp_path / "imagenet-latents").symlink_to(output)
+        elif "training/main.py" in command:
+            fields = words.split("training/main.py")[1].replace(
+                "--codec.preset dc-ae-f32c32-in-1.0", f"--codec.path {dc_ae}"
+            )
+            assert len(train(tmp_path / "run", tmp_path / "cache", fields)) == 3
+        else:
+            run(words, cwd=tmp_path, cache=tmp_path / "cache")
+    assert len(results) == 4
+    first, by_torchrun, by_deepspeed, named = map(contents, results.values())
+    assert first == by_torchrun == by_deepspeed != named
+    manifests = [json.loads((output / "manifest.json").read_text()) for output in results.values()]
+    assert manifests[0]["class_names"] == ["n01440764", "n01443537"]
+    assert manifests[3]["class_names"] == ["tench", "goldfish"]
+    assert manifests[0]["num_images"] == 24
 
 
 # --- training --------------------------------------------------------------------------------------------------------------

@@ -371,7 +371,7 @@ class TestParquet:
 class TestParquetErrors:
     @pytest.mark.parametrize("path", [None, "/nowhere/data.parquet"])
     def test_a_missing_path(self, path):
-        with pytest.raises(UserError, match=rf"data.path: {path} not found; accepted with data.dataset parquet"):
+        with pytest.raises(UserError, match=rf"data.path: {path} not found; accepted: a Parquet file, or a folder"):
             load_image_dataset(parquet_config(path))
 
     def test_a_folder_without_parquet_files(self, tmp_path):
@@ -379,14 +379,11 @@ class TestParquetErrors:
         with pytest.raises(UserError, match=rf"data.path: {tmp_path} holds no \*.parquet file"):
             load_image_dataset(parquet_config(tmp_path))
 
-    @pytest.mark.parametrize(
-        ("field", "column", "there"),
-        [("image_column", "'picture'", "accepted: image"), ("text_column", "caption", "columns are image, text")],
-    )
-    def test_a_missing_column_names_those_there(self, tmp_path, field, column, there):
+    @pytest.mark.parametrize(("field", "column"), [("image_column", "picture"), ("text_column", "caption")])
+    def test_a_missing_column_names_those_there(self, tmp_path, field, column):
         file = write_parquet(tmp_path / "a.parquet", {"image": pictures(1), "text": ["x"]})
-        with pytest.raises(UserError, match=rf"data.{field}: {column} is not in .*{there}"):
-            load_image_dataset(parquet_config(file, **{field: column.strip("'")}))
+        with pytest.raises(UserError, match=rf"data.{field}: '{column}' is not in .*accepted: image, text"):
+            load_image_dataset(parquet_config(file, **{field: column}))
 
     def test_zero_images(self, tmp_path):
         file = write_parquet(tmp_path / "a.parquet", {"image": [], "text": []})
@@ -406,7 +403,7 @@ class TestParquetErrors:
         with pytest.raises(UserError, match=rf"data.path: .*{tmp_path}"):
             load_image_dataset(parquet_config(file))
 
-    @pytest.mark.parametrize("column", ["text", "number"])
+    @pytest.mark.parametrize("column", ["text", "number", "nothing"])
     def test_an_image_column_without_images(self, tmp_path, column):
         columns = {"image": pictures(1), "text": ["x"], "number": [3], "nothing": [None]}
         features = {
@@ -452,7 +449,6 @@ def test_shapes_and_types_of_a_batch():
     shapes = {
         name: [str(x.dtype).removeprefix("torch."), list(x.shape)] for name, x in vars(batch).items() if x is not None
     }
-    assert batch.latents is None
     assert shapes == {
         "images": ["float32", [4, 1, 2, 2]],
         "image_rows": ["int64", [16]],

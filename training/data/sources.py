@@ -7,11 +7,12 @@ from pathlib import Path
 
 from training.config import DataConfig
 from training.data.class_names import resolve_class_names
-from training.data.images import ImageDataset, decode_image
+from training.data.images import BrokenImageError, ImageDataset, decode_image
 from training.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+AUTO = "auto"
 TEXT_COLUMNS = ("text", "caption", "txt", "label", "cls")
 SAMPLED_BYTES = 1 << 16
 
@@ -23,15 +24,13 @@ def load_image_source(config: DataConfig) -> ImageDataset:
         UserError: when the path or a column is missing, of another kind, or holds no image; the message names the field.
     """
     if config.path is None or not Path(config.path).exists():
-        raise UserError(
-            f"data.path: {config.path} not found; accepted with data.dataset {config.dataset}: an existing path"
-        )
+        raise UserError(f"data.path: {config.path} not found; accepted: {_ACCEPTED[config.dataset]}")
     table, fingerprint = _READERS[config.dataset](Path(config.path))
     if len(table) == 0:
         raise UserError(f"data.path: {config.path} holds zero images; at least one is needed")
     image_column = _image_column(table, config)
     captions, rows, class_names = _captions(table, config)
-    images = _undecoded(table, image_column)
+    images = _undecoded(table, image_column, config.path)
 
     def describe(index: int) -> str:
         value = images[index][image_column]
@@ -69,6 +68,14 @@ def detect_dataset(path: Path) -> str:
     return "imagefolder"
 
 
+_ACCEPTED = {
+    "imagefolder": "a folder of images",
+    "parquet": "a Parquet file, or a folder of them",
+    "webdataset": "a tar file, or a folder of them",
+    "saved": "a folder of save_to_disk",
+}
+
+
 def _read_imagefolder(path: Path):
     import datasets  # costs a second to import; the digits preset does without
 
@@ -84,36 +91,42 @@ def _read_imagefolder(path: Path):
 
 
 def _read_parquet(path: Path):
-    import pyarrow.parquet
+    import pyarrow.parquet as pq
 
-    files = sorted(path.glob("**/*.parquet")) if path.is_dir() else [path]
     num_images = 0
-    for file in files:
+    for file in _files(path, "parquet", "*.parquet"):
         try:
-            num_images += pyarrow.parquet.read_metadata(file).num_rows
+            num_images += pq.read_metadata(file).num_rows
         except (OSError, ValueError) as error:
             raise UserError(f"data.path: {file} is no Parquet file, or damaged: {_one_line(error)}") from error
-    if files and num_images == 0:
+    if num_images == 0:
         raise UserError(f"data.path: {path} holds zero images; at least one is needed")
-    return _read_files(path, "parquet", "*.parquet", "a Parquet file, or a folder of them")
+    return _read_files(path, "parquet", "*.parquet")
 
 
 def _read_webdataset(path: Path):
-    return _read_files(path, "webdataset", "*.tar", "a tar file, or a folder of them")
+    return _read_files(path, "webdataset", "*.tar")
 
 
-def _read_files(path: Path, kind: str, pattern: str, accepted: str):
-    import datasets
-
+def _files(path: Path, kind: str, pattern: str) -> list[Path]:
     files = sorted(path.glob(f"**/{pattern}")) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"data.path: {path} holds no {pattern} file; accepted with data.dataset {kind}: {accepted}")
+        raise UserError(
+            f"data.path: {path} holds no {pattern} file; accepted with data.dataset {kind}: {_ACCEPTED[kind]}"
+        )
+    return files
+
+
+def _read_files(path: Path, kind: str, pattern: str):
+    import datasets
+
+    files = _files(path, kind, pattern)
     try:
         table = datasets.load_dataset(kind, data_files=[str(file.absolute()) for file in files], split="train")
-    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         cause = error.__cause__ or error
         raise UserError(
-            f"data.path: {path} cannot be read as {kind}: {_one_line(cause)}; accepted: {accepted}"
+            f"data.path: {path} cannot be read as {kind}: {_one_line(cause)}; accepted: {_ACCEPTED[kind]}"
         ) from error
     return table, _fingerprint(path, files, read=True)
 
@@ -169,47 +182,53 @@ def _image_column(table, config: DataConfig) -> str:
     import datasets
 
     found = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    if config.image_column is not None:
-        if config.image_column not in table.column_names:
+    wanted, columns = config.image_column, ", ".join(table.column_names)
+    if wanted == AUTO:
+        if len(found) != 1 and "image" not in table.column_names:
             raise UserError(
-                f"data.image_column: {config.image_column!r} is not in {config.path}; accepted: "
-                f"{', '.join(found or table.column_names)}"
+                f"data.image_column: {AUTO}, but {config.path} has {len(found)} columns of images; accepted: one of {columns}"
             )
-        feature = table.features[config.image_column]
-        if isinstance(feature, datasets.Value) and feature.dtype != "binary":
-            raise UserError(
-                f"data.image_column: {config.image_column!r} of {config.path} does not hold images but {feature.dtype}; "
-                f"accepted: {', '.join(found) or 'a column of images'}"
-            )
-        return config.image_column
-    if len(found) == 1:
-        return found[0]
-    if "image" in table.column_names:
-        return "image"
-    raise UserError(
-        f"data.image_column: missing; {config.path} has {len(found)} columns of images; accepted: "
-        f"{', '.join(found or table.column_names)}"
-    )
+        return "image" if "image" in table.column_names else found[0]
+    if wanted not in table.column_names:
+        raise UserError(f"data.image_column: {wanted!r} is not in {config.path}; accepted: {columns}")
+    return wanted
 
 
-def _undecoded(table, image_column: str):
-    """Return the column of images as a table of their bytes: they are decoded where an error can be told from a bug."""
+def _undecoded(table, image_column: str, path: str):
+    """Return the column of images as a table of their bytes: they are decoded where an error can be told from a bug.
+
+    Raises:
+        UserError: when the column holds something else.
+    """
     import datasets
+    import pyarrow as pa
 
-    return table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    is_image = isinstance(table.features[image_column], datasets.Image)
+    try:
+        images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        if not is_image:  # bytes or paths, by their type; the first one tells
+            decode_image(images[0][image_column], resolution=1)
+    except (ValueError, TypeError, pa.ArrowException, BrokenImageError) as error:
+        raise UserError(
+            f"data.image_column: {image_column!r} of {path} does not hold images ({_one_line(error)}); accepted: a column of them"
+        ) from error
+    return images
 
 
 def _captions(table, config: DataConfig) -> tuple[list[str], list[int], list[str] | None]:
     """Return the distinct captions or class names, which one each image has, and the names again if they are classes."""
     import datasets
 
-    column = config.text_column or next((name for name in TEXT_COLUMNS if name in table.column_names), None)
-    if column is None or column not in table.column_names:
-        raise UserError(
-            f"data.text_column: {column or 'none of ' + ', '.join(TEXT_COLUMNS)} is not in {config.path}, whose columns are "
-            f"{', '.join(table.column_names)}; accepted: a column of captions or classes (an image folder needs a folder a "
-            "class, at least two, or a metadata.jsonl)"
-        )
+    column, columns = config.text_column, ", ".join(table.column_names)
+    if column == AUTO:
+        column = next((name for name in TEXT_COLUMNS if name in table.column_names), None)
+        if column is None:
+            raise UserError(
+                f"data.text_column: {AUTO}, but none of {', '.join(TEXT_COLUMNS)} is in {config.path}; accepted: one of "
+                f"{columns}, with captions or classes (an image folder needs a folder a class, at least two, or a metadata.jsonl)"
+            )
+    if column not in table.column_names:
+        raise UserError(f"data.text_column: {column!r} is not in {config.path}; accepted: {columns}")
     feature = table.features[column]
     values = table.select_columns([column])[:][column]
     accepted = (int,) if isinstance(feature, datasets.ClassLabel) else (str, int)
