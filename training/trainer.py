@@ -389,9 +389,10 @@ class Trainer:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if not (self.output_dir / CONFIG_FILE).exists():
             save_config(self.config, self.output_dir / CONFIG_FILE)
-        if not (
-            self.output_dir / MODEL_FOLDER / PIPELINE_FILE
-        ).exists():  # written last: without it the folder is incomplete
+        if not (self.output_dir / DATA_FILE).exists():
+            (self.output_dir / DATA_FILE).write_text(self.data_description)
+        # pipeline.json is written last: without it the folder is incomplete.
+        if not (self.output_dir / MODEL_FOLDER / PIPELINE_FILE).exists():
             pipeline = LatteFlowPipeline(model, vlm, self.tokenizer, self.codec, self.pipeline_config)
             pipeline.save_components(self.output_dir / MODEL_FOLDER)
             model.train()

@@ -164,6 +164,7 @@ def test_the_frozen_vlm_is_untouched_and_in_neither_optimizer_nor_checkpoint(one
 def test_an_output_dir_is_laid_out_as_documented(one_rank):
     assert {path.name for path in one_rank.iterdir()} == {
         "config.yaml",
+        "data.json",
         "metrics.jsonl",
         "tensorboard",
         "samples",
