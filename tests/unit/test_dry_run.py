@@ -11,12 +11,12 @@ from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 from model.configuration import LatteFlowConfig
 from model.context import build_context_cache
 from model.latte_flow import LatteFlowModel
+from training.components import build_components
 from training.config import Assumptions, parse_command, parse_config
 from training.data.datasets import load_image_dataset
 from training.deepspeed_config import load_deepspeed_config, make_batch_layout
 from training.dry_run import dry_run, format_table
 from training.errors import UserError
-from training.trainer import build_components
 
 PAPER = [
     "--config=training/configs/digits.yaml",
