@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from model.randomness import Stream, generator, permutation, uniform
 from model.timestep_experts import TimestepExperts
 from training.data.datasets import ImageDataset
+from training.preemption import ignore_stop_signals
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,7 @@ def make_loader(
         batch_sampler=MicroBatchSampler(layout, first_step, last_step),
         collate_fn=collate,
         num_workers=num_workers,
+        worker_init_fn=ignore_stop_signals,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
     )
