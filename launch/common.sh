@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launch scripts: sets up the project's own virtual environment, once, and puts it on PATH.
 #
 # LATTE_FLOW_PYTHON=/path/to/python   use this interpreter as it is (an environment, a module): nothing is installed.
@@ -25,7 +26,7 @@ find_python() {
 setup_environment() {
     if [ -n "${LATTE_FLOW_PYTHON:-}" ]; then
         "$LATTE_FLOW_PYTHON" -c 'import deepspeed, transformers' ||
-            fail "LATTE_FLOW_PYTHON: $LATTE_FLOW_PYTHON lacks the packages of setup.cfg; run: $LATTE_FLOW_PYTHON -m pip install -e '$ROOT[test]'"
+            fail "LATTE_FLOW_PYTHON: $LATTE_FLOW_PYTHON lacks the packages of setup.cfg; run: $LATTE_FLOW_PYTHON -m pip install -e '${ROOT}[test]'"
         PATH="$(dirname "$LATTE_FLOW_PYTHON"):$PATH"
         export PATH PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
         return
@@ -43,7 +44,7 @@ setup_environment() {
                 "$python" -m venv "$venv" || fail "$python has no module venv (Debian: apt-get install python3-venv)"
             fi
             say "installing the packages of setup.cfg into $venv: several GB, about 2 minutes on a fast connection"
-            "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$ROOT[test]" ||
+            "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "${ROOT}[test]" ||
                 fail "installation failed; the next start goes on with it"
             printf '%s' "$wanted" >"$venv/latte_flow.stamp"
             say "environment ready after $((SECONDS - started)) s; it is reused from now on"

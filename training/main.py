@@ -2,8 +2,10 @@
 
     deepspeed training/main.py --deepspeed ds_configs/zero2.json [--config training/configs/X.yaml] [--any.field value]
 
-The same command again resumes the run in its output_dir. With --dry_run it prints what the run would cost and stops; that needs
-no launcher: python training/main.py --dry_run --config X.yaml --assume.gpus 8
+The same command again resumes the run in its output_dir. A run that was asked to stop ends with 75 (training/preemption.py).
+With --dry_run it prints what the run would cost and stops; that needs no launcher:
+
+    python training/main.py --dry_run --config X.yaml --assume.gpus 8
 """
 
 import os
@@ -16,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from training.config import parse_command
 from training.dry_run import dry_run, format_table
 from training.errors import exit_code
+from training.preemption import EXIT_STOPPED
 from training.trainer import Trainer
 
 
@@ -29,7 +32,8 @@ def main() -> None:
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     deepspeed.init_distributed()
     try:
-        Trainer(command.config).train()
+        if not Trainer(command.config).train():
+            sys.exit(EXIT_STOPPED)
     finally:
         dist.destroy_process_group()
 

@@ -31,6 +31,7 @@ from training.deepspeed_config import load_deepspeed_config, make_batch_layout
 from training.ema import AdamWWithEMA, ema_weights
 from training.errors import UserError
 from training.metrics import LossMeter, MetricsWriter, expert_gradient_norms
+from training.preemption import REQUEUE_FILE, STOP_FILE, StopRequest
 
 CONFIG_FILE = "config.yaml"
 DATA_FILE = "data.json"
@@ -54,6 +55,7 @@ class Trainer:
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
 
         self._check_output_dir()
+        self.stop = StopRequest(self.output_dir, self.device)
         images = load_image_dataset(config.data)
         check_same_data(images, self.output_dir / DATA_FILE)
         self.data_description = describe_data(images)
@@ -115,8 +117,12 @@ class Trainer:
         self.writer = MetricsWriter(self.output_dir, self.step) if self.rank == 0 else None
         self._say(self._describe(images))
 
-    def train(self) -> None:
-        """Train up to ``max_steps``, then leave a checkpoint and a sample grid of the last step."""
+    def train(self) -> bool:
+        """Train up to ``max_steps``, then leave a checkpoint and a sample grid of the last step.
+
+        Returns:
+            False when the run was asked to stop before that and left a checkpoint to go on from.
+        """
         config = self.config
         if self.step >= config.max_steps:
             self._say(f"{self.output_dir} is already trained to step {self.step} of max_steps {config.max_steps}")
@@ -139,20 +145,27 @@ class Trainer:
             mininterval=1.0,
         )
         self._logged_step, self._logged_time = self.step, time.perf_counter()
-        while self.step < config.max_steps:
+        stopped = False
+        while self.step < config.max_steps and not stopped:
             logs = (self.step + 1) % config.logging.every == 0 or self.step + 1 == config.max_steps
             gradient_norms = self.train_step(batches, report_gradients=logs)
             progress.update()
             last = self.step == config.max_steps
             if logs:
                 progress.set_postfix(loss=f"{self._log(gradient_norms):.4f}")
-            if config.sample.every and (last or self.step % config.sample.every == 0):
+            draws = config.sample.every and (last or self.step % config.sample.every == 0)
+            if draws:
                 self._draw_samples()
-            if last or self.step % config.checkpoint.every == 0:
+            stopped = not last and self.stop.poll(wait=bool(draws))
+            if last or stopped or self.step % config.checkpoint.every == 0:
                 self._save()
         progress.close()
         if self.writer:
             self.writer.close()
+        self.stop.finish(stopped=stopped)
+        if stopped:
+            self._say(f"stopped at step {self.step} with a checkpoint; the same command resumes the run")
+        return not stopped
 
     def train_step(self, batches, *, report_gradients: bool) -> dict[str, Tensor]:
         """Do one optimizer step: every micro-batch forward and backward, then the update.
@@ -275,7 +288,10 @@ class Trainer:
                     f"output_dir: {self.output_dir} holds a run with another configuration ({'; '.join(changes)}); "
                     "accepted: the same values, or another output_dir"
                 )
-        elif self.output_dir.exists() and (not self.output_dir.is_dir() or any(self.output_dir.iterdir())):
+        elif self.output_dir.exists() and (
+            not self.output_dir.is_dir()
+            or any(path.name not in (STOP_FILE, REQUEUE_FILE) for path in self.output_dir.iterdir())
+        ):
             raise UserError(
                 f"output_dir: {self.output_dir} exists and is not a training run; accepted: a new or empty folder, or a run's"
             )

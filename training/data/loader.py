@@ -19,6 +19,7 @@ from model.randomness import Stream, generator, permutation, uniform
 from model.timestep_experts import TimestepExperts
 from training.data.images import ImageDataset
 from training.data.latents import LatentDataset
+from training.preemption import ignore_stop_signals
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ def make_loader(
         batch_sampler=MicroBatchSampler(layout, first_step, last_step),
         collate_fn=collate,
         num_workers=num_workers,
+        worker_init_fn=ignore_stop_signals,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
     )
