@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from model.autoencoder import load_codec
 from model.images import to_uint8
@@ -30,7 +32,9 @@ from training.data.datasets import load_image_dataset
 from training.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-FORK = multiprocessing.get_context("fork")
+# Children are forked from a server that has imported everything: real processes without seconds of imports.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.integration.test_encode_latents"])
 IMAGES = 400
 RESOLUTION = 32
 
@@ -68,6 +72,25 @@ def arguments(source, output, codec, **changed):
     } | changed
 
 
+def _child(cache: str, function, *args) -> None:
+    # tqdm's lock is a semaphore that forked processes share: one killed while holding it would stop all that follow.
+    tqdm.set_lock(threading.RLock())
+    torch.set_num_threads(1)
+    datasets.config.HF_DATASETS_CACHE = Path(cache)
+    function(*args)
+
+
+def start(function, *args):
+    """Start a process that calls a function."""
+    process = SERVER.Process(target=_child, args=(str(datasets.config.HF_DATASETS_CACHE), function, *args))
+    process.start()
+    return process
+
+
+def encode(kwargs: dict) -> None:
+    encode_latents(**kwargs)
+
+
 def contents(folder: Path) -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
 
@@ -87,8 +110,7 @@ def test_five_kills_at_random_points_leave_no_trace(emoji, dc_ae, tmp_path, code
     draws, stopped_at, output = random.Random(0), [], tmp_path / "killed"
     for _ in range(5):
         kept = complete_shards(output)
-        process = FORK.Process(target=encode_latents, kwargs=arguments(emoji, output, codec))
-        process.start()
+        process = start(encode, arguments(emoji, output, codec))
         # In the midst of some shard; by progress and not by the clock, so that a busy machine does not decide where.
         wanted = len(kept) + draws.randrange(4)
         while len(complete_shards(output)) < wanted and process.is_alive():
@@ -130,8 +152,7 @@ def test_a_kill_before_any_step_of_writing_leaves_no_trace(tmp_path):
     encode_latents(**arguments("digits", tmp_path / "whole", "pixel", **small))
     for step in range(100):
         output = tmp_path / f"killed-{step}"
-        process = FORK.Process(target=_encode_and_die, args=(arguments("digits", output, "pixel", **small), step))
-        process.start()
+        process = start(_encode_and_die, arguments("digits", output, "pixel", **small), step)
         process.join()
         if process.exitcode == 0:
             break
@@ -150,14 +171,9 @@ def test_one_rank_and_three_ranks_write_the_same_bytes(emoji, dc_ae, tmp_path, c
     codec = "pixel" if codec == "pixel" else dc_ae
     encode_latents(**arguments(emoji, tmp_path / "one", codec))
     ranks = [
-        FORK.Process(
-            target=encode_latents,
-            kwargs=arguments(emoji, tmp_path / "three", codec, rank=rank, world_size=3, wait_minutes=1),
-        )
+        start(encode, arguments(emoji, tmp_path / "three", codec, rank=rank, world_size=3, wait_minutes=1))
         for rank in range(3)
     ]
-    for rank in ranks:
-        rank.start()
     for rank in ranks:
         rank.join()
     assert [rank.exitcode for rank in ranks] == [0, 0, 0]
