@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -34,7 +35,7 @@ from training.errors import UserError
 ROOT = Path(__file__).parents[2]
 # Children are forked from a server that has imported everything: real processes without seconds of imports.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.integration.test_encode_latents"])
+SERVER.set_forkserver_preload(["tests.integration.test_encode_latents", "training.main"])
 IMAGES = 400
 RESOLUTION = 32
 
@@ -394,9 +395,21 @@ def test_the_documented_commands_run_at_tiny_size(dc_ae, tmp_path):
 # --- training --------------------------------------------------------------------------------------------------------------
 
 
+def _program(script: str, arguments: list[str], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
 def run(command: str, *, cwd: Path, cache: Path, **environment: str) -> None:
     """Run a command line of the documentation, in the environment of the tests."""
     words = shlex.split(command)
+    if words[0] == "python" and words[1].endswith(".py"):
+        process = start(_program, words[1], words[2:], environment)
+        process.join(timeout=300)
+        assert process.exitcode == 0, command
+        return
     words[0] = {"python": sys.executable}.get(words[0], str(Path(sys.executable).with_name(words[0])))
     settings = {
         "PYTHONPATH": str(ROOT),
