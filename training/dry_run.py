@@ -20,12 +20,12 @@ from model.configuration import LatteFlowConfig
 from model.context import Context, encode_context, tokenize_prompts
 from model.flow_matching import flow_matching_loss
 from model.latte_flow import LatteFlowModel
+from training.components import tiny_vlm_parts
 from training.config import Assumptions, TrainingConfig
 from training.data.datasets import load_image_dataset
 from training.data.loader import BatchLayout
 from training.deepspeed_config import load_deepspeed_config, make_batch_layout
 from training.errors import UserError
-from training.trainer import tiny_vlm_parts
 
 GIB = 2**30
 OPTIMIZER_BYTES = 16
