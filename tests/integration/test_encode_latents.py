@@ -363,7 +363,7 @@ def test_the_documented_commands_run_at_tiny_size(dc_ae, tmp_path):
 
     results = {}
     for number, command in enumerate(documented_commands()):
-        words = command.replace("/data/", f"{tmp_path}/").replace("256", str(RESOLUTION))
+        words = command.replace("/data/", f"{tmp_path}/").replace("--resolution 256", f"--resolution {RESOLUTION}")
         if "tools/encode_latents.py" in command:
             output = tmp_path / f"output-{number}"
             words = re.sub(r"--output \S+", f"--output {output}", words)
@@ -377,9 +377,8 @@ def test_the_documented_commands_run_at_tiny_size(dc_ae, tmp_path):
             if not (tmp_path / "imagenet-latents").exists():
                 (tmp_path / "imagenet-latents").symlink_to(output)
         elif "training/main.py" in command:
-            fields = words.split("training/main.py")[1].replace(
-                "--codec.preset dc-ae-f32c32-in-1.0", f"--codec.path {dc_ae}"
-            )
+            fields = words.split("training/main.py")[1]
+            fields += f" --data.resolution {RESOLUTION} --codec.preset null --codec.path {dc_ae} --vlm.path null"
             assert len(train(tmp_path / "run", tmp_path / "cache", fields)) == 3
         else:
             run(words, cwd=tmp_path, cache=tmp_path / "cache")
