@@ -6,10 +6,12 @@ import multiprocessing
 import os
 import random
 import re
+import runpy
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from model.autoencoder import load_codec
 from model.images import to_uint8
@@ -30,7 +33,9 @@ from training.data.datasets import load_image_dataset
 from training.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-FORK = multiprocessing.get_context("fork")
+# Children are forked from a server that has imported everything: real processes without seconds of imports.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.integration.test_encode_latents", "training.main"])
 IMAGES = 400
 RESOLUTION = 32
 
@@ -68,6 +73,25 @@ def arguments(source, output, codec, **changed):
     } | changed
 
 
+def _child(cache: str, function, *args) -> None:
+    # tqdm's lock is a semaphore that forked processes share: one killed while holding it would stop all that follow.
+    tqdm.set_lock(threading.RLock())
+    torch.set_num_threads(1)
+    datasets.config.HF_DATASETS_CACHE = Path(cache)
+    function(*args)
+
+
+def start(function, *args):
+    """Start a process that calls a function."""
+    process = SERVER.Process(target=_child, args=(str(datasets.config.HF_DATASETS_CACHE), function, *args))
+    process.start()
+    return process
+
+
+def encode(kwargs: dict) -> None:
+    encode_latents(**kwargs)
+
+
 def contents(folder: Path) -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
 
@@ -87,8 +111,7 @@ def test_five_kills_at_random_points_leave_no_trace(emoji, dc_ae, tmp_path, code
     draws, stopped_at, output = random.Random(0), [], tmp_path / "killed"
     for _ in range(5):
         kept = complete_shards(output)
-        process = FORK.Process(target=encode_latents, kwargs=arguments(emoji, output, codec))
-        process.start()
+        process = start(encode, arguments(emoji, output, codec))
         # In the midst of some shard; by progress and not by the clock, so that a busy machine does not decide where.
         wanted = len(kept) + draws.randrange(4)
         while len(complete_shards(output)) < wanted and process.is_alive():
@@ -130,8 +153,7 @@ def test_a_kill_before_any_step_of_writing_leaves_no_trace(tmp_path):
     encode_latents(**arguments("digits", tmp_path / "whole", "pixel", **small))
     for step in range(100):
         output = tmp_path / f"killed-{step}"
-        process = FORK.Process(target=_encode_and_die, args=(arguments("digits", output, "pixel", **small), step))
-        process.start()
+        process = start(_encode_and_die, arguments("digits", output, "pixel", **small), step)
         process.join()
         if process.exitcode == 0:
             break
@@ -150,14 +172,9 @@ def test_one_rank_and_three_ranks_write_the_same_bytes(emoji, dc_ae, tmp_path, c
     codec = "pixel" if codec == "pixel" else dc_ae
     encode_latents(**arguments(emoji, tmp_path / "one", codec))
     ranks = [
-        FORK.Process(
-            target=encode_latents,
-            kwargs=arguments(emoji, tmp_path / "three", codec, rank=rank, world_size=3, wait_minutes=1),
-        )
+        start(encode, arguments(emoji, tmp_path / "three", codec, rank=rank, world_size=3, wait_minutes=1))
         for rank in range(3)
     ]
-    for rank in ranks:
-        rank.start()
     for rank in ranks:
         rank.join()
     assert [rank.exitcode for rank in ranks] == [0, 0, 0]
@@ -346,7 +363,7 @@ def test_the_documented_commands_run_at_tiny_size(dc_ae, tmp_path):
 
     results = {}
     for number, command in enumerate(documented_commands()):
-        words = command.replace("/data/", f"{tmp_path}/").replace("256", str(RESOLUTION))
+        words = command.replace("/data/", f"{tmp_path}/").replace("--resolution 256", f"--resolution {RESOLUTION}")
         if "tools/encode_latents.py" in command:
             output = tmp_path / f"output-{number}"
             words = re.sub(r"--output \S+", f"--output {output}", words)
@@ -360,9 +377,8 @@ def test_the_documented_commands_run_at_tiny_size(dc_ae, tmp_path):
             if not (tmp_path / "imagenet-latents").exists():
                 (tmp_path / "imagenet-latents").symlink_to(output)
         elif "training/main.py" in command:
-            fields = words.split("training/main.py")[1].replace(
-                "--codec.preset dc-ae-f32c32-in-1.0", f"--codec.path {dc_ae}"
-            )
+            fields = words.split("training/main.py")[1]
+            fields += f" --data.resolution {RESOLUTION} --codec.preset null --codec.path {dc_ae} --vlm.path null"
             assert len(train(tmp_path / "run", tmp_path / "cache", fields)) == 3
         else:
             run(words, cwd=tmp_path, cache=tmp_path / "cache")
@@ -378,9 +394,21 @@ def test_the_documented_commands_run_at_tiny_size(dc_ae, tmp_path):
 # --- training --------------------------------------------------------------------------------------------------------------
 
 
+def _program(script: str, arguments: list[str], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
 def run(command: str, *, cwd: Path, cache: Path, **environment: str) -> None:
     """Run a command line of the documentation, in the environment of the tests."""
     words = shlex.split(command)
+    if words[0] == "python" and words[1].endswith(".py"):
+        process = start(_program, words[1], words[2:], environment)
+        process.join(timeout=300)
+        assert process.exitcode == 0, command
+        return
     words[0] = {"python": sys.executable}.get(words[0], str(Path(sys.executable).with_name(words[0])))
     settings = {
         "PYTHONPATH": str(ROOT),
