@@ -42,13 +42,19 @@ def read_samples(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     if not index.is_file():
         raise UserError(f"{index} not found; accepted: a folder written by tools/sample.py")
     images, classes = [], []
-    for number, line in enumerate(index.read_text().splitlines(), start=1):
+    try:
+        lines = index.read_text().splitlines()
+    except ValueError as error:
+        raise UserError(f"{index}: is no text: {error}") from error
+    for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
+            if entry["class"] not in range(10):
+                raise ValueError(f"class {entry['class']}")
             classes.append(int(entry["class"]))
             file = folder / entry["file"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{index}:{number}: no JSON object with file and class ({error!r})") from error
+            raise UserError(f"{index}:{number}: no JSON object with file and class 0 to 9 ({error!r})") from error
         try:
             image = Image.open(file)
             image.load()

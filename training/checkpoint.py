@@ -139,9 +139,8 @@ class CheckpointStore:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the committed checkpoints of a run, oldest first; partial ones are none."""
-    return sorted(
-        path.parent for path in folder.glob(f"step_*/{MANIFEST}") if not path.parent.name.endswith(PARTIAL_SUFFIX)
-    )
+    paths = [path.parent for path in folder.glob(f"step_*/{MANIFEST}") if not path.parent.name.endswith(PARTIAL_SUFFIX)]
+    return sorted(paths, key=lambda path: (len(path.name), path.name))  # step_10000000 comes after step_9999999
 
 
 def read_manifest(path: Path) -> dict:
@@ -152,10 +151,12 @@ def read_manifest(path: Path) -> dict:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        if not isinstance(manifest["step"], int) or not isinstance(manifest["files"], dict):
-            raise KeyError("step, files")
+        numbers = [manifest["step"], manifest["world_size"], *(entry["bytes"] for entry in manifest["files"].values())]
+        digests = [entry["sha256"] for entry in manifest["files"].values()]
+        if not all(isinstance(n, int) for n in numbers) or not all(isinstance(d, str) for d in digests):
+            raise TypeError("step, world_size, files: wrong types")
         return manifest
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path / MANIFEST}: missing or damaged ({error})") from error
 
 

@@ -5,15 +5,20 @@ Unknown fields are errors. The fields under ``model`` are those of model.configu
 """
 
 import dataclasses
+import inspect
+import math
 import os
+import re
+import string
 import sys
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from transformers import PretrainedConfig
 
 from model.configuration import LatteFlowConfig
@@ -70,13 +75,15 @@ class CodecConfig:
 
     Args:
         kind: pixel, an invertible rearrangement of pixels; dc-ae, diffusers' AutoencoderDC.
-        path: folder or hub id of the autoencoder, for dc-ae.
+        path: folder or hub id of the autoencoder, for dc-ae; null takes the preset's.
+        preset: a published DC-AE by name; its scaling factor is checked against the checkpoint that is loaded.
         scaling_factor: what latents are multiplied by; checked against the checkpoint's. Null takes the checkpoint's.
         patch: side in pixels of one latent position, for pixel; 1 is the identity.
     """
 
     kind: Literal["pixel", "dc-ae"] = "dc-ae"
     path: str | None = None
+    preset: Literal["dc-ae-f32c32-in-1.0", "dc-ae-f32c32-sana-1.0"] | None = None
     scaling_factor: float | None = None
     patch: int = 1
 
@@ -86,11 +93,16 @@ class DataConfig:
     """The training images and their prompts.
 
     Args:
-        dataset: digits, scikit-learn's handwritten digits (8x8 grey); parquet, files with an image column.
-        path: file or folder of the data, for parquet.
-        image_column: name of the column of images, for parquet.
-        text_column: name of the column of captions, for parquet; a ClassLabel column works too.
-        resolution: side of the square images in pixels.
+        dataset: digits, scikit-learn's handwritten digits (8x8 grey); imagefolder, a folder a class (ImageNet's layout) or a
+            folder with a metadata.jsonl of captions; parquet, files with an image column; webdataset, tar files; saved, a folder
+            written by datasets' save_to_disk; latents, a folder written by tools/encode_latents.py. See docs/data.md.
+        path: file or folder of the data, for all but digits.
+        image_column: name of the column of images; auto takes "image", or the only one.
+        text_column: name of the column of captions or classes; auto takes the first there is of text, caption, txt, label, cls.
+        class_names: what classes are called in prompts: imagenet-1k, or a text file with a name a line or with lines
+            "FOLDER name", such as LOC_synset_mapping.txt. Null: ImageNet's names for its 1000 folders, otherwise the data's own.
+        max_broken_fraction: up to which fraction of all images may be broken; such are logged and replaced by the next good one.
+        resolution: side of the square images in pixels; pictures of other sizes are scaled and cropped to the middle as ADM does.
         prompt_template: the user message; {} stands for the class name or the caption.
         null_prompt: the user message of the null condition of classifier-free guidance.
         condition_drop: fraction of samples whose prompt is replaced by the null prompt (paper: 0.1).
@@ -98,10 +110,12 @@ class DataConfig:
         num_workers: processes a rank that prepare batches; 0 prepares them in the training process.
     """
 
-    dataset: Literal["digits", "parquet"] = "digits"
+    dataset: Literal["digits", "imagefolder", "parquet", "webdataset", "saved", "latents"] = "digits"
     path: str | None = None
-    image_column: str = "image"
-    text_column: str = "text"
+    image_column: str = "auto"
+    text_column: str = "auto"
+    class_names: str | None = None
+    max_broken_fraction: float = 0.001
     resolution: int = 256
     prompt_template: str = "Generate an image of {}."
     null_prompt: str = ""
@@ -223,11 +237,18 @@ class TrainingConfig:
             "optimizer.lr": self.optimizer.lr,
             "sample.num_steps": self.sample.num_steps,
             "sample.num_images": self.sample.num_images,
+            "codec.patch": self.codec.patch,
         }
+        positive |= {f"vlm.tiny.{name}": value for name, value in vars(self.vlm.tiny).items() if name != "seed"}
         for name, value in positive.items():
-            if value <= 0:
+            if not 0 < value < math.inf:  # nor is NaN
                 raise UserError(f"{name}: got {value}; accepted: greater than 0")
-        fractions = {"data.condition_drop": self.data.condition_drop, "optimizer.ema_decay": self.optimizer.ema_decay}
+        fractions = {
+            "data.condition_drop": self.data.condition_drop,
+            "data.max_broken_fraction": self.data.max_broken_fraction,
+            "optimizer.ema_decay": self.optimizer.ema_decay,
+        }
+        fractions |= {f"optimizer.betas[{i}]": beta for i, beta in enumerate(self.optimizer.betas)}
         for name, value in fractions.items():
             if not 0 <= value < 1:
                 raise UserError(f"{name}: got {value}; accepted: 0 to less than 1")
@@ -238,15 +259,33 @@ class TrainingConfig:
             "checkpoint.keep_last": self.checkpoint.keep_last,
             "data.num_workers": self.data.num_workers,
             "sample.every": self.sample.every,
-            "seed": self.seed,
         }
         for name, value in not_negative.items():
-            if value < 0:
+            if not 0 <= value < math.inf:
                 raise UserError(f"{name}: got {value}; accepted: 0 or more")
-        if self.data.prompt_template.count("{}") != 1:
+        # The generator takes 64 bits; a picture's seed is the run's and the picture's number, 32 bits each.
+        for name, value, bits in (
+            ("seed", self.seed, 64),
+            ("vlm.tiny.seed", self.vlm.tiny.seed, 64),
+            ("sample.seed", self.sample.seed, 32),
+        ):
+            if not 0 <= value < 2**bits:
+                raise UserError(f"{name}: got {value}; accepted: 0 to 2^{bits} - 1")
+        if not math.isfinite(self.sample.cfg_scale):
+            raise UserError(f"sample.cfg_scale: got {self.sample.cfg_scale}; accepted: a finite number")
+        if not _has_one_blank(self.data.prompt_template):
             raise UserError(
                 f"data.prompt_template: got {self.data.prompt_template!r}; accepted: a text with {{}} exactly once"
+                " (other braces doubled)"
             )
+
+
+def _has_one_blank(template: str) -> bool:
+    """Return whether ``template.format(x)`` puts x in at exactly one place."""
+    try:
+        return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None] == [""]
+    except ValueError:  # a single brace
+        return False
 
 
 class _Parser(ArgumentParser):
@@ -309,19 +348,68 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     Raises:
         UserError: for an unknown field, a value of the wrong type, a missing file.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not any(a == "--config" or a.startswith("--config=") for a in argv):
-        argv = ["--config", str(DEFAULT_CONFIG), *argv]
+    files, rest = _split_off_files(sys.argv[1:] if argv is None else argv)
+    files = files or [str(DEFAULT_CONFIG)]
+    for file in files:
+        _check_file(file)
     parser = make_parser()
     try:
-        namespace = parser.parse_args(argv)
+        # Later arguments win: the files come first wherever they stand on the command line.
+        namespace = parser.parse_args([f"--config={file}" for file in files] + rest)
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from error
+    _check_values({f.name: f.type for f in dataclasses.fields(TrainingConfig) if f.name != "model"}, namespace)
+    _check_values({"model": _network_fields(), "assume": Assumptions}, namespace)
     model = _plain(namespace.model.as_dict())
     fields = parser.instantiate(namespace)
     names = [f.name for f in dataclasses.fields(TrainingConfig) if f.name != "model"]
     config = TrainingConfig(**{name: fields[name] for name in names}, model=model)
     return Command(config=config, dry_run=fields["dry_run"], assume=fields["assume"])
+
+
+def _split_off_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the values of ``--config``, and the other arguments."""
+    files, rest, arguments = [], [], iter(argv)
+    for argument in arguments:
+        if argument == "--config":
+            files.append(next(arguments, ""))
+        elif argument.startswith("--config="):
+            files.append(argument.removeprefix("--config="))
+        else:
+            rest.append(argument)
+    return files, rest
+
+
+def _check_file(path: str) -> None:
+    """Raise UserError when a file is no YAML mapping."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config: {path} cannot be read: {error.strerror}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"config: {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict | None):
+        raise UserError(f"config: {path} holds a {type(tree).__name__}; accepted: a mapping of fields to values")
+
+
+def _network_fields() -> dict:
+    """Return the type of every field that can be set under ``model``."""
+    parameters = inspect.signature(LatteFlowConfig.__init__).parameters.values()
+    return {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in DERIVED_MODEL_FIELDS}
+
+
+def _check_values(types: dict, values: Namespace, prefix: str = "") -> None:
+    """Raise UserError for a null or a missing section, both of which jsonargparse lets through."""
+    for name, accepted in types.items():
+        value = values.get(name)
+        if dataclasses.is_dataclass(accepted):
+            accepted = {f.name: f.type for f in dataclasses.fields(accepted)}
+        if isinstance(accepted, dict):
+            if not isinstance(value, Namespace):
+                raise UserError(f"{prefix}{name}: got {value!r}; accepted: the fields {', '.join(accepted)}")
+            _check_values(accepted, value, f"{prefix}{name}.")
+        elif value is None and type(None) not in typing.get_args(accepted):
+            raise UserError(f"{prefix}{name}: got null; accepted: {getattr(accepted, '__name__', accepted)}")
 
 
 def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
@@ -353,7 +441,18 @@ def save_config(config: TrainingConfig, path: Path) -> None:
 
 def to_yaml(config: TrainingConfig) -> str:
     """Return every field with its value as YAML text."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    return yaml.dump(_plain(dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that is not plainly one: readers of YAML disagree on what 0E0 is."""
+
+
+def _represent_text(dumper: yaml.Dumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if re.match(r"[A-Za-z/]", text) else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def _plain(value):

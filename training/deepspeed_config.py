@@ -50,10 +50,13 @@ def load_deepspeed_config(config: TrainingConfig, layout: BatchLayout) -> dict:
         raise UserError(f"deepspeed: {path} not found; accepted: a DeepSpeed JSON file such as ds_configs/zero2.json")
     try:
         result = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text
         raise UserError(f"deepspeed: {path} is no valid JSON: {error}") from error
     if not isinstance(result, dict):
         raise UserError(f"deepspeed: {path} holds a {type(result).__name__}; accepted: a JSON object")
+    for name in ("bf16", "zero_optimization"):
+        if not isinstance(result.get(name, {}), dict):
+            raise UserError(f"deepspeed: {path} sets {name} to {result[name]!r}; accepted: a JSON object")
 
     decided = {
         "train_batch_size": ("global_batch_size", layout.global_batch_size),

@@ -36,7 +36,7 @@ def environment(threads: int = 1) -> dict[str, str]:
     }
 
 
-def run(command: list[str], *, env: dict | None = None, timeout: float = 300) -> Finished:
+def run(command: list[str], *, env: dict | None = None, timeout: float = 1500) -> Finished:
     """Run a program in the repository; past the timeout its whole process group is killed and the test fails."""
     process = subprocess.Popen(
         command,

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from model.vlm import build_tiny_vlm
 from tests.integration.launching import TINY_RUN, column, metrics, run, train, train_alone
 from training.checkpoint import find_checkpoint, list_checkpoints, read_manifest, read_weights
+from training.components import tiny_vlm_parts
 from training.config import load_config
 from training.data.datasets import load_image_dataset
-from training.trainer import tiny_vlm_parts
 
 STEPS = 8
 
@@ -164,6 +164,7 @@ def test_the_frozen_vlm_is_untouched_and_in_neither_optimizer_nor_checkpoint(one
 def test_an_output_dir_is_laid_out_as_documented(one_rank):
     assert {path.name for path in one_rank.iterdir()} == {
         "config.yaml",
+        "data.json",
         "metrics.jsonl",
         "tensorboard",
         "samples",

@@ -1,0 +1,462 @@
+"""The training configuration: what wins, what is refused and how it says so, what a file keeps; DeepSpeed's JSON beside it."""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+import training.config
+from training.config import (
+    DEFAULT_CONFIG,
+    TrainingConfig,
+    differences,
+    load_config,
+    parse_config,
+    save_config,
+    to_yaml,
+)
+from training.data.loader import BatchLayout
+from training.deepspeed_config import load_deepspeed_config, make_batch_layout
+from training.errors import UserError
+
+PRESETS = sorted(Path(training.config.__file__).parent.glob("configs/*.yaml"))
+REPOSITORY = Path(training.config.__file__).parents[1]
+
+
+def leaves(tree, prefix=()):
+    """(path, value) of everything in a tree of dicts that is not a dict."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*prefix, key))
+        else:
+            yield (*prefix, key), value
+
+
+FIELDS = dict(leaves(yaml.safe_load(to_yaml(parse_config([])))))
+"""Path of every field -> its value in the default preset."""
+
+
+def with_value(tree: dict, path: tuple[str, ...], value) -> dict:
+    """A copy of a tree of dicts with one value set."""
+    tree = copy.deepcopy(tree)
+    section = tree
+    for key in path[:-1]:
+        section = section.setdefault(key, {})
+    section[path[-1]] = value
+    return tree
+
+
+def write(folder: Path, content) -> str:
+    path = folder / "config.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return str(path)
+
+
+class TestPrecedence:
+    def test_file_over_defaults_and_command_line_over_file(self, tmp_path):
+        file = write(tmp_path, {"seed": 7, "optimizer": {"lr": 0.25, "warmup_steps": 3}, "model": {"num_groups": 2}})
+        config = parse_config(["--config", file, "--optimizer.lr", "0.125", "--model.modulation", "six"])
+        assert (config.seed, config.optimizer.lr, config.optimizer.warmup_steps) == (7, 0.125, 3)
+        assert (config.model["num_groups"], config.model["modulation"]) == (2, "six")
+        assert config.optimizer.betas == (0.9, 0.95)  # neither says
+
+    @pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"]])
+    def test_the_command_line_wins_also_in_front_of_the_file(self, tmp_path, form):
+        """The documented command names --deepspeed before --config."""
+        file = write(tmp_path, {"deepspeed": "from_file.json", "seed": 7})
+        config = parse_config(["--deepspeed", "mine.json", *(part.format(file) for part in form), "--max_steps", "3"])
+        assert (config.deepspeed, config.seed, config.max_steps) == ("mine.json", 7, 3)
+
+    def test_without_a_file_the_digits_preset_is_the_start(self):
+        assert parse_config([]) == parse_config(["--config", str(DEFAULT_CONFIG)])
+        config = parse_config(["--max_steps", "3"])
+        assert (config.max_steps, config.data.dataset, config.output_dir) == (3, "digits", "runs/digits")
+
+    def test_a_file_replaces_the_digits_preset(self, tmp_path):
+        assert parse_config(["--config", write(tmp_path, {"seed": 1})]).output_dir == TrainingConfig().output_dir
+
+    def test_the_launchers_rank_is_accepted(self):
+        assert parse_config(["--local_rank=1"]) == parse_config([])
+
+    def test_defaults_are_the_papers_recipe(self):
+        """paper.md section 6."""
+        config = TrainingConfig()
+        assert (config.global_batch_size, config.optimizer.lr, config.max_steps) == (2048, 5e-4, 240_000)
+        assert (config.data.condition_drop, config.data.resolution, config.codec.kind) == (0.1, 256, "dc-ae")
+        assert (config.optimizer.betas, config.optimizer.weight_decay) == ((0.9, 0.95), 0.01)
+        assert (config.optimizer.grad_clip, config.optimizer.warmup_steps, config.optimizer.ema_decay) == (
+            1,
+            1000,
+            0.9999,
+        )
+        assert (config.sample.num_steps, config.sample.cfg_scale, config.sample.solver) == (40, 5.0, "euler")
+
+
+class TestErrors:
+    @pytest.mark.parametrize("field", ["lr", "optimizer.rate", "model.depth", "model.vlm_config", "vlm.tiny.x"])
+    def test_an_unknown_field_is_named(self, tmp_path, field):
+        with pytest.raises(UserError, match=re.escape(field)):
+            parse_config([f"--{field}", "1"])
+        tree = with_value({}, tuple(field.split(".")), 1)
+        with pytest.raises(UserError, match=re.escape(field.split(".")[-1])):
+            parse_config(["--config", write(tmp_path, tree)])
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("seed", "one"),
+            ("max_steps", 1.5),
+            ("optimizer.lr", "fast"),
+            ("optimizer.betas", [0.9]),
+            ("data.horizontal_flip", "perhaps"),
+            ("data", [1]),
+            ("precision", "fp16"),
+            ("groups_per_sample", 2),
+            ("sample.solver", "rk4"),
+            ("codec.kind", "vae"),
+            ("model.variant", "mixed"),
+            ("model.num_groups", "four"),
+            ("model.shared_modules", 3),
+        ],
+    )
+    def test_a_value_of_the_wrong_type_names_the_field(self, tmp_path, field, value):
+        with pytest.raises(UserError, match=re.escape(field)):
+            parse_config(["--config", write(tmp_path, with_value({}, tuple(field.split(".")), value))])
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("max_steps", 0),
+            ("global_batch_size", -2),
+            ("checkpoint.every", 0),
+            ("logging.every", 0),
+            ("logging.timestep_bins", 0),
+            ("data.resolution", 0),
+            ("optimizer.lr", 0.0),
+            ("optimizer.lr", float("nan")),
+            ("optimizer.lr", float("inf")),
+            ("optimizer.betas", [0.9, 1.0]),
+            ("optimizer.betas", [-0.1, 0.9]),
+            ("optimizer.ema_decay", 1.0),
+            ("optimizer.ema_decay", float("nan")),
+            ("optimizer.weight_decay", -0.1),
+            ("optimizer.grad_clip", float("nan")),
+            ("data.condition_drop", 1.0),
+            ("data.num_workers", -1),
+            ("sample.num_images", 0),
+            ("sample.seed", 2**32),
+            ("sample.cfg_scale", float("inf")),
+            ("seed", -1),
+            ("seed", 2**64),
+            ("codec.patch", 0),
+            ("vlm.tiny.hidden_size", 0),
+            ("vlm.tiny.initializer_range", 0.0),
+        ],
+    )
+    def test_a_value_out_of_range_names_the_field(self, tmp_path, field, value):
+        path = write(tmp_path, with_value({}, tuple(field.split(".")), value))
+        with pytest.raises(UserError, match=rf"^{re.escape(field)}(\[\d\])?: got .*; accepted: "):
+            parse_config(["--config", path])
+
+    @pytest.mark.parametrize(
+        "template", ["no blank", "{} and {}", "{name}", "{} {name}", "{0}", "{{}}", "{", "{} }", ""]
+    )
+    def test_a_prompt_template_has_one_blank(self, template):
+        with pytest.raises(UserError, match=r"data.prompt_template: got .* exactly once"):
+            parse_config([f"--data.prompt_template={template}"])
+
+    def test_doubled_braces_in_a_prompt_template_are_braces(self):
+        template = parse_config(["--data.prompt_template={{a}} {}"]).data.prompt_template
+        assert template.format("cat") == "{a} cat"
+
+    def test_a_missing_file_is_named(self):
+        with pytest.raises(UserError, match=r"/nowhere/config.yaml"):
+            parse_config(["--config", "/nowhere/config.yaml"])
+        with pytest.raises(UserError, match=r"/nowhere/config.yaml: not found; accepted: the config.yaml"):
+            load_config(Path("/nowhere/config.yaml"))
+
+    @pytest.mark.parametrize(
+        "content", ["{", "- 1\n- 2", "just text", "a: b: c", "\x00", "seed: [", "!!python/object:x {}"]
+    )
+    def test_a_file_that_is_no_configuration(self, tmp_path, content):
+        with pytest.raises(UserError):
+            parse_config(["--config", write(tmp_path, content)])
+
+    def test_errors_are_one_line(self):
+        for argv in (["--seed", "x"], ["--nope", "1"], ["--config", "/nowhere"], ["--model.variant", "mixed"]):
+            with pytest.raises(UserError) as error:
+                parse_config(argv)
+            assert "\n" not in str(error.value)
+
+
+# A parse takes 60 ms: a failing example is shown as found instead of being shrunk for minutes.
+FILES = {"suppress_health_check": [HealthCheck.function_scoped_fixture], "phases": [Phase.explicit, Phase.generate]}
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 3), st.integers(), st.floats(), st.text(max_size=5),
+    st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)  # fmt: skip
+
+
+LOOKALIKES = ("null", "yes", "1e3", "0E0", "[1]", "{a: b}", "# no", " x ", "- 1", "07", "~", "a: b", "two\nlines", "")
+"""Texts that another reader of YAML might take for something else."""
+
+
+class TestFuzz:
+    @settings(max_examples=50, **FILES)
+    @given(data=st.data())
+    def test_a_changed_preset_is_a_configuration_or_a_user_error(self, tmp_path, data):
+        """One to three fields are replaced, added or removed; nothing but a UserError may come out."""
+        tree = yaml.safe_load(DEFAULT_CONFIG.read_text())
+        for _ in range(data.draw(st.integers(1, 3))):
+            path = data.draw(st.sampled_from(sorted(FIELDS)) | st.sampled_from([("data",), ("vlm", "tiny"), ("x",)]))
+            value = data.draw(JUNK)
+            try:
+                tree = with_value(tree, path, value)
+            except (AttributeError, TypeError):  # an earlier change put something else in the section's place
+                continue
+        try:
+            config = parse_config(["--config", write(tmp_path, tree)])
+        except UserError:
+            pass
+        else:
+            assert parse_config(["--config", write(tmp_path, to_yaml(config))]) == config
+
+    @settings(max_examples=30, **FILES)
+    @given(st.binary(max_size=40) | st.text(max_size=40).map(str.encode))
+    def test_any_bytes_are_a_configuration_or_a_user_error(self, tmp_path, content):
+        (tmp_path / "config.yaml").write_bytes(content)
+        with contextlib.suppress(UserError):
+            assert isinstance(parse_config(["--config", str(tmp_path / "config.yaml")]), TrainingConfig)
+
+    @settings(max_examples=30, phases=FILES["phases"])
+    @given(st.sampled_from(sorted(FIELDS)), st.text(max_size=8))
+    def test_any_text_on_the_command_line_is_a_configuration_or_a_user_error(self, path, text):
+        with contextlib.suppress(UserError):
+            assert isinstance(parse_config([f"--{'.'.join(path)}={text}"]), TrainingConfig)
+
+
+class TestRoundTrip:
+    def test_a_saved_configuration_loads_equal(self, tmp_path):
+        config = parse_config(
+            ["--groups_per_sample", "all", "--micro_batch_size", "64", "--optimizer.lr", "1e-5", "--data.path", "x y",
+             "--model.timestep_boundaries", "[1000, 500.5, 20, 3, 0]", "--optimizer.betas", "[0.5, 0.75]"]
+        )  # fmt: skip
+        save_config(config, tmp_path / "config.yaml")
+        loaded = load_config(tmp_path / "config.yaml")
+        assert loaded == config
+        assert differences(config, loaded) == []
+        assert (loaded.optimizer.lr, loaded.groups_per_sample, loaded.micro_batch_size) == (1e-5, "all", 64)
+        assert loaded.model["timestep_boundaries"] == [1000, 500.5, 20, 3, 0]
+
+    def test_every_field_is_written(self, tmp_path):
+        """A later version's defaults must not change an old run."""
+        save_config(TrainingConfig(), tmp_path / "config.yaml")
+        written = {path for path, _ in leaves(yaml.safe_load((tmp_path / "config.yaml").read_text()))}
+        expected = {path for path, _ in leaves(dataclasses.asdict(TrainingConfig()))} - {("model",)}
+        assert expected <= written | {("model",)}
+
+    @settings(max_examples=20, **FILES)
+    @given(
+        st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=12)
+        | st.sampled_from(LOOKALIKES)
+    )
+    def test_any_text_is_kept(self, tmp_path, text):
+        """Also what looks like another type in YAML."""
+        config = parse_config([])
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, null_prompt=text))
+        save_config(config, tmp_path / "config.yaml")
+        assert load_config(tmp_path / "config.yaml") == config
+
+
+class TestDifferences:
+    OTHER = {  # noqa: RUF012
+        str: "other", int: 12345, float: 0.4321, bool: None, type(None): 16, list: [0.5, 0.25],
+    }  # fmt: skip
+    MAY_CHANGE = (
+        "output_dir", "deepspeed", "max_steps", "micro_batch_size", "checkpoint.", "logging.", "sample.",
+        "data.num_workers", "model.attention_backend",
+    )  # fmt: skip
+
+    @pytest.mark.parametrize("path", sorted(FIELDS), ids=".".join)
+    def test_a_changed_field_is_reported_unless_it_may_change(self, path):
+        """Every field, one at a time."""
+        saved = parse_config([])
+        old = FIELDS[path]
+        new = (not old) if isinstance(old, bool) else self.OTHER[type(old)]
+        current = copy.deepcopy(saved)
+        target = current
+        for key in path[:-1]:
+            target = target[key] if isinstance(target, dict) else getattr(target, key)
+        if isinstance(target, dict):
+            target[path[-1]] = new
+        else:
+            setattr(target, path[-1], new)
+        name = ".".join(path)
+        if name.startswith(self.MAY_CHANGE):
+            assert differences(saved, current) == []
+        else:
+            (line,) = differences(saved, current)
+            assert line == f"{name}: the run has {old!r}, this command {new!r}"
+
+    def test_a_list_and_a_tuple_of_the_same_are_the_same(self):
+        saved = parse_config([])
+        current = dataclasses.replace(saved, optimizer=dataclasses.replace(saved.optimizer, betas=[0.9, 0.95]))
+        assert differences(saved, current) == []
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
+class TestPresets:
+    def test_parses_and_its_header_says_what_cost_result_and_command(self, preset):
+        config = parse_config(["--config", str(preset)])
+        assert config.output_dir != TrainingConfig().output_dir
+        header = "".join(line for line in preset.read_text().splitlines(keepends=True) if line.startswith("#"))
+        for word in ("What:", "Cost:", "Expected:", "Command:"):
+            assert word in header
+        assert f"--config {preset.relative_to(REPOSITORY)}" in header
+
+    def test_sets_no_field_that_does_not_exist(self, preset):
+        for path, _ in leaves(yaml.safe_load(preset.read_text())):
+            assert path in FIELDS
+
+    def test_its_deepspeed_file_is_there(self, preset, monkeypatch):
+        monkeypatch.chdir(REPOSITORY)
+        config = parse_config(["--config", str(preset)])
+        layout = make_batch_layout(config, num_groups=config.model["num_groups"], world_size=1, rank=0)
+        assert load_deepspeed_config(config, layout)["train_batch_size"] == config.global_batch_size
+
+
+def batch_config(**changes) -> TrainingConfig:
+    return TrainingConfig(**({"global_batch_size": 64} | changes))
+
+
+class TestBatchLayout:
+    @pytest.mark.parametrize(
+        ("world_size", "micro", "expected_micro", "accumulation"),
+        [(1, None, 64, 1), (4, None, 16, 1), (2, 8, 8, 4), (1, 64, 64, 1), (8, 8, 8, 1)],
+    )
+    def test_micro_batches(self, world_size, micro, expected_micro, accumulation):
+        layout = make_batch_layout(batch_config(micro_batch_size=micro), num_groups=4, world_size=world_size, rank=0)
+        assert (layout.micro_batch_size, layout.accumulation_steps) == (expected_micro, accumulation)
+
+    @pytest.mark.parametrize(
+        ("world_size", "micro", "num_groups", "message"),
+        [
+            (3, None, 4, r"global_batch_size: 64 is not a multiple of the 3 ranks"),
+            (
+                2,
+                24,
+                4,
+                r"micro_batch_size: 24 on 2 ranks does not divide global_batch_size 64; accepted: divisors of 32",
+            ),
+            (2, 64, 4, r"micro_batch_size: 64 on 2 ranks"),
+            (1, 0, 4, r"micro_batch_size: 0 on 1 ranks"),
+            (1, -8, 4, r"micro_batch_size: -8 on 1 ranks"),
+            (1, 2, 4, r"micro_batch_size: 2 .* is not a multiple of the 4 groups .*model.num_groups"),
+            (32, None, 4, r"micro_batch_size: 2 .* is not a multiple of the 4 groups"),
+            (1, 16, 7, r"is not a multiple of the 7 groups"),
+            (128, None, 1, r"global_batch_size: 64 is not a multiple of the 128 ranks"),
+        ],
+    )
+    def test_what_cannot_be_split_is_refused(self, world_size, micro, num_groups, message):
+        with pytest.raises(UserError, match=message):
+            make_batch_layout(
+                batch_config(micro_batch_size=micro), num_groups=num_groups, world_size=world_size, rank=0
+            )
+
+    def test_every_group_on_every_sample_needs_no_multiple(self):
+        config = batch_config(micro_batch_size=2, groups_per_sample="all")
+        assert make_batch_layout(config, num_groups=4, world_size=1, rank=0).accumulation_steps == 32
+
+
+class TestDeepSpeedFile:
+    LAYOUT = BatchLayout(64, 8, 2, 0)
+
+    def load(self, folder: Path, content, **changes) -> dict:
+        path = folder / "ds.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return load_deepspeed_config(batch_config(deepspeed=str(path), **changes), self.LAYOUT)
+
+    @pytest.mark.parametrize("precision", ["bf16", "fp32"])
+    @pytest.mark.parametrize("style", ["auto", "left out", "agreeing"])
+    def test_fields_are_filled_from_the_run(self, tmp_path, style, precision):
+        expected = {
+            "train_batch_size": 64,
+            "train_micro_batch_size_per_gpu": 8,
+            "gradient_accumulation_steps": 4,
+            "gradient_clipping": 1.0,
+            "bf16": {"enabled": precision == "bf16"},
+        }
+        auto = dict.fromkeys(expected, "auto") | {"bf16": {"enabled": "auto"}}
+        content = {"auto": auto, "left out": {}, "agreeing": expected}[style] | {"zero_optimization": {"stage": 2}}
+        result = self.load(tmp_path, content, precision=precision)
+        assert result == expected | {"zero_optimization": {"stage": 2}}
+
+    def test_other_fields_pass_unchanged(self, tmp_path):
+        extra = {
+            "zero_optimization": {"stage": 1, "reduce_bucket_size": 5e7, "overlap_comm": True},
+            "steps_per_print": 7,
+        }
+        result = self.load(tmp_path, extra)
+        assert {name: result[name] for name in extra} == extra
+
+    @pytest.mark.parametrize(
+        ("content", "field"),
+        [
+            ({"train_batch_size": 128}, "global_batch_size"),
+            ({"train_micro_batch_size_per_gpu": 16}, "micro_batch_size"),
+            ({"gradient_accumulation_steps": 1}, "global_batch_size"),
+            ({"gradient_clipping": 0.5}, "optimizer.grad_clip"),
+            ({"bf16": {"enabled": False}}, "precision"),
+        ],
+    )
+    def test_a_contradiction_names_the_field_and_the_file(self, tmp_path, content, field):
+        with pytest.raises(UserError, match=rf"^{re.escape(field)}: .*ds.json"):
+            self.load(tmp_path, content | {"zero_optimization": {"stage": 2}})
+
+    @pytest.mark.parametrize("stage", [0, 4, "two", None])
+    def test_an_unsupported_stage_is_refused(self, tmp_path, stage):
+        with pytest.raises(UserError, match=rf"zero_optimization.stage {stage}; accepted: 1, 2, 3"):
+            self.load(tmp_path, {"zero_optimization": {"stage": stage}})
+
+    @pytest.mark.parametrize("section", ["optimizer", "scheduler", "fp16"])
+    def test_what_the_trainer_brings_itself_is_refused(self, tmp_path, section):
+        with pytest.raises(UserError, match=f"has '{section}'"):
+            self.load(tmp_path, {section: {}, "zero_optimization": {"stage": 2}})
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("{", "no valid JSON"),
+            ("[1]", "holds a list; accepted: a JSON object"),
+            ("3", "holds a int"),
+            ({"bf16": True}, "bf16"),
+            ({"bf16": "auto"}, "bf16"),
+            ({"zero_optimization": 2}, "zero_optimization"),
+        ],
+    )
+    def test_a_file_of_another_form_is_refused(self, tmp_path, content, message):
+        with pytest.raises(UserError, match=rf"deepspeed: .*{message}"):
+            self.load(tmp_path, content)
+
+    def test_a_file_that_is_no_text_is_refused(self, tmp_path):
+        (tmp_path / "ds.json").write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(UserError, match=r"deepspeed: .*no valid JSON"):
+            load_deepspeed_config(batch_config(deepspeed=str(tmp_path / "ds.json")), self.LAYOUT)
+
+    def test_a_missing_file_is_named(self):
+        with pytest.raises(UserError, match=r"deepspeed: /nowhere/ds.json not found"):
+            load_deepspeed_config(batch_config(deepspeed="/nowhere/ds.json"), self.LAYOUT)
+
+    @pytest.mark.parametrize("file", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda f: f.stem)
+    def test_shipped_files_take_any_run(self, file):
+        result = load_deepspeed_config(batch_config(deepspeed=str(file), precision="fp32"), self.LAYOUT)
+        assert result["train_micro_batch_size_per_gpu"] == 8
+        assert result["bf16"] == {"enabled": False}
+        assert "auto" not in json.dumps(result)
