@@ -60,9 +60,11 @@ setup_environment() {
                 fi
                 python=$(find_python) || exit 2
                 say "creating $venv with $("$python" --version)"
-                rm -rf "$venv"
+                [ ! -L "$venv" ] || rm "$venv" # a link's target is not ours to empty
                 mkdir -p "$venv"
                 touch "$unfinished"
+                # The mark stays while the rest goes: what a kill leaves here must be known as ours.
+                find "$venv" -mindepth 1 -maxdepth 1 ! -path "$unfinished" -exec rm -rf {} +
                 "$python" -m venv "$venv" || fail "$python could not create $venv"
             fi
             say "installing the packages of setup.cfg into $venv: several GB, about 2 minutes on a fast connection"
