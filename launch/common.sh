@@ -2,7 +2,7 @@
 # Sourced by the launch scripts: sets up the project's own virtual environment, once, and puts it on PATH.
 #
 # LATTE_FLOW_PYTHON=/path/to/python   use this interpreter as it is (an environment, a module): nothing is installed.
-# LATTE_FLOW_VENV=DIR                 where the environment lives; default: .venv in the repository.
+# LATTE_FLOW_VENV=DIR                 where the environment lives; default: .venv in the repository. A relative DIR starts there.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -13,40 +13,68 @@ fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 find_python() {
     local candidate
     for candidate in python3.12 python3.11 python3 python; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+        # Debian leaves ensurepip out of its python3.
+        if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
             command -v "$candidate"
             return
         fi
     done
-    fail "no Python 3.11 or 3.12 with the module venv found on PATH; install one, or name it with LATTE_FLOW_PYTHON"
+    fail "no Python 3.11 or 3.12 with the modules venv and ensurepip found on PATH (Debian: apt-get install python3-venv); \
+install one, or name one that has the packages of setup.cfg with LATTE_FLOW_PYTHON"
+}
+
+# What an environment depends on. Its scripts hold its absolute path, so a moved repository needs a new one.
+stamp_of() {
+    printf '%s\n' "$1" "$("$1/bin/python" -c 'import sys; print(sys.version)' 2>/dev/null)"
+    cat "$ROOT/setup.cfg" "$ROOT/pyproject.toml" | sha256sum
 }
 
 # Create or complete the virtual environment. A stamp inside it says what was installed: it is written last, so an interrupted
-# installation is completed by the next start, and a changed setup.cfg is installed again.
+# installation is repaired by the next start, and a changed setup.cfg is installed again.
 setup_environment() {
     if [ -n "${LATTE_FLOW_PYTHON:-}" ]; then
         "$LATTE_FLOW_PYTHON" -c 'import deepspeed, transformers' ||
             fail "LATTE_FLOW_PYTHON: $LATTE_FLOW_PYTHON lacks the packages of setup.cfg; run: $LATTE_FLOW_PYTHON -m pip install -e '${ROOT}[test]'"
-        PATH="$(dirname "$LATTE_FLOW_PYTHON"):$PATH"
+        local bin
+        bin=$(dirname "$LATTE_FLOW_PYTHON")
+        # The scripts call both by name: a lone interpreter would run another environment's.
+        if [ ! -x "$bin/python" ] || [ ! -x "$bin/deepspeed" ]; then
+            fail "LATTE_FLOW_PYTHON: $bin lacks python or deepspeed; accepted: the python of an environment with both beside it"
+        fi
+        PATH="$bin:$PATH"
         export PATH PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
         return
     fi
-    local venv=${LATTE_FLOW_VENV:-$ROOT/.venv} python wanted started=$SECONDS
+    local venv=${LATTE_FLOW_VENV:-$ROOT/.venv} python started=$SECONDS
+    case $venv in /*) ;; *) venv=$ROOT/$venv ;; esac
     (
         # Two scripts started together must not install into one environment at the same time.
         flock 9
-        wanted=$(cat "$ROOT/setup.cfg" "$ROOT/pyproject.toml" | sha256sum | cut -d' ' -f1)
-        if [ "$(cat "$venv/latte_flow.stamp" 2>/dev/null)" != "$wanted" ]; then
-            if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        local stamp=$venv/latte_flow.stamp unfinished=$venv/latte_flow.unfinished
+        if [ "$(cat "$stamp" 2>/dev/null)" != "$(stamp_of "$venv")" ]; then
+            # pip takes a package that was killed half-way for an installed one, so what a kill left is not built upon.
+            if [ -e "$unfinished" ] || { [ -e "$stamp" ] && [ "$(head -n 1 "$stamp")" != "$venv" ]; } ||
+                ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+                if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ ! -e "$venv/pyvenv.cfg" ] && [ ! -e "$unfinished" ]; then
+                    fail "$venv: holds files and is no virtual environment; accepted for LATTE_FLOW_VENV: a new or empty folder, or an environment"
+                fi
                 python=$(find_python) || exit 2
                 say "creating $venv with $("$python" --version)"
-                rm -rf "$venv"
-                "$python" -m venv "$venv" || fail "$python has no module venv (Debian: apt-get install python3-venv)"
+                [ ! -L "$venv" ] || rm "$venv" # a link's target is not ours to empty
+                mkdir -p "$venv"
+                touch "$unfinished"
+                # The mark stays while the rest goes: what a kill leaves here must be known as ours.
+                find "$venv" -mindepth 1 -maxdepth 1 ! -path "$unfinished" -exec rm -rf {} +
+                "$python" -m venv "$venv" || fail "$python could not create $venv"
             fi
             say "installing the packages of setup.cfg into $venv: several GB, about 2 minutes on a fast connection"
-            "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "${ROOT}[test]" ||
+            touch "$unfinished"
+            if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "${ROOT}[test]"; then
+                rm -f "$unfinished" # pip ended by itself: what it installed is whole
                 fail "installation failed; the next start goes on with it"
-            printf '%s' "$wanted" >"$venv/latte_flow.stamp"
+            fi
+            stamp_of "$venv" >"$stamp"
+            rm -f "$unfinished"
             say "environment ready after $((SECONDS - started)) s; it is reused from now on"
         fi
     ) 9>"$ROOT/.setup.lock" || exit $?
@@ -65,4 +93,9 @@ setup_accelerator() {
     command -v g++ >/dev/null || fail "g++ not found; DeepSpeed on the CPU compiles an operator (Debian: apt-get install g++)"
 }
 
+if [ -n "${LATTE_FLOW_PYTHON:-}" ]; then
+    # Before the change of folder, which would lose a relative path.
+    LATTE_FLOW_PYTHON=$("$LATTE_FLOW_PYTHON" -c 'import sys; print(sys.executable)') ||
+        fail "LATTE_FLOW_PYTHON: not a Python that runs; accepted: the path of one"
+fi
 cd "$ROOT" || exit 2

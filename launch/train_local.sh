@@ -21,29 +21,37 @@ for argument in "$@"; do
     case $argument in
         --output_dir=*) output_dir=${argument#*=} ;;
         --config | --config=*) digits=no ;;
+        # These print and end; there is nothing to draw from.
+        --dry_run | --dry_run=true | -h | --help) exec python training/main.py "$@" ;;
     esac
     [ "$previous" != --output_dir ] || output_dir=$argument
     previous=$argument
 done
 
+# No host file: a cluster image's own would start the run on other machines.
+launcher=(deepspeed --hostfile /dev/null)
+ranks=${LATTE_FLOW_RANKS:-}
 if [ "${DS_ACCELERATOR:-}" = cpu ]; then
-    ranks=${LATTE_FLOW_RANKS:-1}
+    ranks=${ranks:-1}
     # Threads of all ranks together fill the cores; more would fight over them.
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + ranks - 1) / ranks))}
-else
-    ranks=${LATTE_FLOW_RANKS:-$(nvidia-smi -L | grep -c GPU)}
+    threads=$(($(nproc) / ranks))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 fi
+# Without a number the launcher takes every visible GPU; with one it ignores CUDA_VISIBLE_DEVICES.
+[ -z "$ranks" ] || launcher+=(--num_gpus "$ranks")
 # Two runs on one machine must not meet at the same port.
 port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 
-say "training on $ranks rank(s); output in $output_dir; watch it with: tensorboard --logdir $(dirname "$output_dir")"
-deepspeed --num_gpus "$ranks" --master_port "$port" training/main.py --deepspeed ds_configs/zero2.json "$@"
+say "training on ${ranks:-one per GPU} rank(s); output in $output_dir; watch it with: tensorboard --logdir $(dirname "$output_dir")"
+"${launcher[@]}" --master_port "$port" training/main.py --deepspeed ds_configs/zero2.json "$@"
 
 if [ "$digits" = no ]; then
     say "done: $output_dir; its sample grids are in $output_dir/samples"
     exit 0
 fi
 samples=$output_dir/final_samples
+# A run that was trained further has drawn from older weights.
+[ ! "$output_dir/checkpoints/latest" -nt "$samples/samples.jsonl" ] || rm -rf "$samples"
 if [ ! -f "$samples/samples.jsonl" ]; then
     python tools/sample.py "$output_dir" --output "$samples" --num_images 500 --cfg_scale 2 --batch_size 250
 fi
