@@ -6,6 +6,8 @@ compression autoencoder DC-AE through diffusers (32x downsampling, the paper's c
 Shapes: B batch, c image channels, (R, R) resolution, C latent channels, (H, W) latent size.
 """
 
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +16,47 @@ from einops import rearrange
 from torch import Tensor, nn
 
 CODECS = ("pixel", "dc-ae")
+SCALING_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class DCAEPreset:
+    """A published DC-AE: where it is, and what its latents are multiplied by to have about unit variance."""
+
+    checkpoint: str
+    scaling_factor: float
+
+
+# Both are f32c32 and load into the same network, but their latents differ in scale: a checkpoint is checked against the preset.
+PRESETS = {
+    "dc-ae-f32c32-in-1.0": DCAEPreset("mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", 0.3189),
+    "dc-ae-f32c32-sana-1.0": DCAEPreset("mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers", 0.41407),
+}
+
+
+def apply_preset(
+    preset: str | None, path: str | Path | None, scaling_factor: float | None
+) -> tuple[str | Path | None, float | None]:
+    """Return the path and the scaling factor of a DC-AE, what is not given taken from a preset.
+
+    Args:
+        preset: a key of ``PRESETS``, or None.
+        path: folder or hub id; None for the preset's.
+        scaling_factor: None for the preset's.
+
+    Raises:
+        ValueError: when the preset is unknown, or another scaling factor than its own is given.
+    """
+    if preset is None:
+        return path, scaling_factor
+    if preset not in PRESETS:
+        raise ValueError(f"codec.preset: {preset!r} is unknown; accepted values: {', '.join(PRESETS)}")
+    known = PRESETS[preset]
+    if scaling_factor is not None and abs(scaling_factor - known.scaling_factor) > SCALING_TOLERANCE:
+        raise ValueError(
+            f"codec.scaling_factor: {scaling_factor} contradicts codec.preset {preset}, whose factor is {known.scaling_factor}"
+        )
+    return path if path is not None else known.checkpoint, known.scaling_factor
 
 
 class LatentCodec(nn.Module):
@@ -23,11 +66,13 @@ class LatentCodec(nn.Module):
         image_channels: c.
         latent_channels: C.
         downsampling: R / H.
+        scaling_factor: what the autoencoder's latents are multiplied by.
     """
 
     image_channels: int
     latent_channels: int
     downsampling: int
+    scaling_factor: float = 1.0
 
     def latent_size(self, resolution: int) -> tuple[int, int]:
         """Return (H, W) of the latent of a square image.
@@ -47,6 +92,10 @@ class LatentCodec(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents [B, C, H, W] to images [B, c, R, R]; values may leave [-1, 1] a little."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Return a text that two codecs share when they encode alike, whatever type their weights are loaded in."""
         raise NotImplementedError
 
 
@@ -72,6 +121,9 @@ class PixelCodec(LatentCodec):
         p = self.downsampling
         return rearrange(latents, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
 
+    def fingerprint(self) -> str:
+        return f"pixel, {self.image_channels} channels, patch {self.downsampling}"
+
 
 class DCAECodec(LatentCodec):
     """DC-AE: diffusers' AutoencoderDC, its latents multiplied by the checkpoint's scaling factor.
@@ -90,7 +142,7 @@ class DCAECodec(LatentCodec):
     def __init__(self, autoencoder: AutoencoderDC, scaling_factor: float | None = None):
         super().__init__()
         own = autoencoder.config.scaling_factor
-        if scaling_factor is not None and abs(own - scaling_factor) > 1e-4:
+        if scaling_factor is not None and abs(own - scaling_factor) > SCALING_TOLERANCE:
             raise ValueError(
                 f"codec.scaling_factor: {scaling_factor} differs from {own} in the checkpoint's config.json; latents scaled by "
                 "another checkpoint's factor do not have unit variance"
@@ -113,11 +165,25 @@ class DCAECodec(LatentCodec):
     def decode(self, latents: Tensor) -> Tensor:
         return self.autoencoder.decode(latents.to(self.autoencoder.dtype) / self.scaling_factor).sample
 
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the encoder's weights, rounded to bfloat16, and of the scaling factor.
+
+        Rounded, so that the type the weights are loaded in does not matter; of the encoder alone, because an autoencoder whose
+        decoder was tuned has the same latents.
+        """
+        digest = hashlib.sha256(f"{self.scaling_factor:.6g}".encode())
+        for name, weight in sorted(self.autoencoder.encoder.state_dict().items()):
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            bits = weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+            digest.update(bits.numpy().tobytes())
+        return digest.hexdigest()
+
 
 def load_codec(
     kind: str,
     *,
     path: str | Path | None = None,
+    preset: str | None = None,
     scaling_factor: float | None = None,
     image_channels: int = 3,
     patch: int = 1,
@@ -127,7 +193,8 @@ def load_codec(
 
     Args:
         kind: ``pixel`` or ``dc-ae``.
-        path: folder or hub id of a diffusers AutoencoderDC, for ``dc-ae``.
+        path: folder or hub id of a diffusers AutoencoderDC, for ``dc-ae``; None for the preset's.
+        preset: a key of ``PRESETS``, for ``dc-ae``: the checkpoint's scaling factor must be the preset's.
         scaling_factor: checked against the checkpoint's, for ``dc-ae``.
         image_channels: c, for ``pixel``.
         patch: side of a latent position in pixels, for ``pixel``.
@@ -140,8 +207,12 @@ def load_codec(
         return PixelCodec(image_channels, patch)
     if kind != "dc-ae":
         raise ValueError(f"codec.kind: {kind!r} is unknown; accepted values: {', '.join(CODECS)}")
+    path, scaling_factor = apply_preset(preset, path, scaling_factor)
     if path is None:
-        raise ValueError("codec.path: missing; kind dc-ae needs a folder or hub id of a diffusers AutoencoderDC")
+        raise ValueError(
+            "codec.path: missing; kind dc-ae needs a folder or hub id of a diffusers AutoencoderDC, or a codec.preset "
+            f"({', '.join(PRESETS)})"
+        )
     try:
         found = AutoencoderDC.load_config(path).get("_class_name")
         if found != AutoencoderDC.__name__:

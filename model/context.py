@@ -114,6 +114,21 @@ def tokenize_prompts(tokenizer, prompts: Sequence[str]) -> dict[str, Tensor]:
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
 
+def select_prompts(prompt_inputs: Mapping[str, Tensor], rows: Tensor) -> tuple[Mapping[str, Tensor], Tensor]:
+    """Return the prompts to encode for a batch, and each sample's row among them.
+
+    All P prompts when there are no more of them than samples, otherwise one a sample: whichever is less work. The choice depends
+    on shapes alone, so it is the same in every step.
+
+    Args:
+        prompt_inputs: tokenized prompts, [P, S] each.
+        rows: the prompt of each sample, integers, [B].
+    """
+    if len(prompt_inputs["input_ids"]) <= len(rows):
+        return prompt_inputs, rows
+    return {name: tokens[rows] for name, tokens in prompt_inputs.items()}, torch.arange(len(rows), device=rows.device)
+
+
 def encode_context(vlm, inputs: Mapping[str, Tensor], projection: str, layers: Iterable[int] | None = None) -> Context:
     """Run the VLM once over tokenized prompts and keep what the generation layers read. Differentiable.
 

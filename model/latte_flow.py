@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm, Qwen2
 
 from model.attention import ContextKeyValues, Residual
 from model.configuration import LatteFlowConfig
-from model.context import Context, as_key_values, encode_context
+from model.context import Context, as_key_values, encode_context, select_prompts
 from model.generation_layer import GenerationLayer, set_initial_std
 from model.position import rotary_2d
 
@@ -152,6 +152,7 @@ class LatteFlowModel(PreTrainedModel):
             v, [B, C, H, W].
         """
         if context is None:
+            prompt_inputs, context_rows = select_prompts(prompt_inputs, context_rows)
             context = self.encode_context(prompt_inputs)
         parts = (x.chunk(self.experts.num_groups) for x in (noisy_latents, timesteps, context_rows))
         velocities = []

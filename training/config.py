@@ -75,13 +75,15 @@ class CodecConfig:
 
     Args:
         kind: pixel, an invertible rearrangement of pixels; dc-ae, diffusers' AutoencoderDC.
-        path: folder or hub id of the autoencoder, for dc-ae.
+        path: folder or hub id of the autoencoder, for dc-ae; null takes the preset's.
+        preset: a published DC-AE by name; its scaling factor is checked against the checkpoint that is loaded.
         scaling_factor: what latents are multiplied by; checked against the checkpoint's. Null takes the checkpoint's.
         patch: side in pixels of one latent position, for pixel; 1 is the identity.
     """
 
     kind: Literal["pixel", "dc-ae"] = "dc-ae"
     path: str | None = None
+    preset: Literal["dc-ae-f32c32-in-1.0", "dc-ae-f32c32-sana-1.0"] | None = None
     scaling_factor: float | None = None
     patch: int = 1
 
@@ -91,11 +93,16 @@ class DataConfig:
     """The training images and their prompts.
 
     Args:
-        dataset: digits, scikit-learn's handwritten digits (8x8 grey); parquet, files with an image column.
-        path: file or folder of the data, for parquet.
-        image_column: name of the column of images, for parquet.
-        text_column: name of the column of captions, for parquet; a ClassLabel column works too.
-        resolution: side of the square images in pixels.
+        dataset: digits, scikit-learn's handwritten digits (8x8 grey); imagefolder, a folder a class (ImageNet's layout) or a
+            folder with a metadata.jsonl of captions; parquet, files with an image column; webdataset, tar files; saved, a folder
+            written by datasets' save_to_disk; latents, a folder written by tools/encode_latents.py. See docs/data.md.
+        path: file or folder of the data, for all but digits.
+        image_column: name of the column of images; auto takes "image", or the only one.
+        text_column: name of the column of captions or classes; auto takes the first there is of text, caption, txt, label, cls.
+        class_names: what classes are called in prompts: imagenet-1k, or a text file with a name a line or with lines
+            "FOLDER name", such as LOC_synset_mapping.txt. Null: ImageNet's names for its 1000 folders, otherwise the data's own.
+        max_broken_fraction: up to which fraction of all images may be broken; such are logged and replaced by the next good one.
+        resolution: side of the square images in pixels; pictures of other sizes are scaled and cropped to the middle as ADM does.
         prompt_template: the user message; {} stands for the class name or the caption.
         null_prompt: the user message of the null condition of classifier-free guidance.
         condition_drop: fraction of samples whose prompt is replaced by the null prompt (paper: 0.1).
@@ -103,10 +110,12 @@ class DataConfig:
         num_workers: processes a rank that prepare batches; 0 prepares them in the training process.
     """
 
-    dataset: Literal["digits", "parquet"] = "digits"
+    dataset: Literal["digits", "imagefolder", "parquet", "webdataset", "saved", "latents"] = "digits"
     path: str | None = None
-    image_column: str = "image"
-    text_column: str = "text"
+    image_column: str = "auto"
+    text_column: str = "auto"
+    class_names: str | None = None
+    max_broken_fraction: float = 0.001
     resolution: int = 256
     prompt_template: str = "Generate an image of {}."
     null_prompt: str = ""
@@ -234,7 +243,11 @@ class TrainingConfig:
         for name, value in positive.items():
             if not 0 < value < math.inf:  # nor is NaN
                 raise UserError(f"{name}: got {value}; accepted: greater than 0")
-        fractions = {"data.condition_drop": self.data.condition_drop, "optimizer.ema_decay": self.optimizer.ema_decay}
+        fractions = {
+            "data.condition_drop": self.data.condition_drop,
+            "data.max_broken_fraction": self.data.max_broken_fraction,
+            "optimizer.ema_decay": self.optimizer.ema_decay,
+        }
         fractions |= {f"optimizer.betas[{i}]": beta for i, beta in enumerate(self.optimizer.betas)}
         for name, value in fractions.items():
             if not 0 <= value < 1:

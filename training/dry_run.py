@@ -15,17 +15,17 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from model.autoencoder import DCAECodec, LatentCodec, PixelCodec
+from model.autoencoder import DCAECodec, LatentCodec, PixelCodec, apply_preset
 from model.configuration import LatteFlowConfig
 from model.context import Context, encode_context, tokenize_prompts
 from model.flow_matching import flow_matching_loss
 from model.latte_flow import LatteFlowModel
+from training.components import tiny_vlm_parts
 from training.config import Assumptions, TrainingConfig
 from training.data.datasets import load_image_dataset
 from training.data.loader import BatchLayout
 from training.deepspeed_config import load_deepspeed_config, make_batch_layout
 from training.errors import UserError
-from training.trainer import tiny_vlm_parts
 
 GIB = 2**30
 OPTIMIZER_BYTES = 16
@@ -94,14 +94,15 @@ def meta_codec(config: TrainingConfig, image_channels: int) -> LatentCodec:
     """Build the codec on the meta device from its configuration alone."""
     if config.codec.kind == "pixel":
         return PixelCodec(image_channels, config.codec.patch)
-    if config.codec.path is None:
+    path, scaling_factor = apply_preset(config.codec.preset, config.codec.path, config.codec.scaling_factor)
+    if path is None:
         raise UserError("codec.path: missing; kind dc-ae needs a folder or hub id of a diffusers AutoencoderDC")
     try:
-        settings = AutoencoderDC.load_config(config.codec.path)
+        settings = AutoencoderDC.load_config(path)
     except OSError as error:
-        raise UserError(f"codec.path: cannot read the configuration at {config.codec.path}: {error}") from error
+        raise UserError(f"codec.path: cannot read the configuration at {path}: {error}") from error
     with torch.device("meta"):
-        return DCAECodec(AutoencoderDC.from_config(settings), config.codec.scaling_factor)
+        return DCAECodec(AutoencoderDC.from_config(settings), scaling_factor)
 
 
 def count(
@@ -246,8 +247,8 @@ def dry_run(config: TrainingConfig, assumed: Assumptions) -> DryRun:
         assumed = replace(assumed, num_prompts=tokens.shape[0], prompt_tokens=tokens.shape[1])
     else:
         vlm = meta_vlm(config.vlm.path)
-    codec = meta_codec(config, image_channels)
     try:
+        codec = meta_codec(config, image_channels)
         model_config = LatteFlowConfig(
             vlm_config=vlm.config,
             latent_channels=codec.latent_channels,

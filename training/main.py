@@ -6,10 +6,12 @@ The same command again resumes the run in its output_dir. With --dry_run it prin
 no launcher: python training/main.py --dry_run --config X.yaml --assume.gpus 8
 """
 
+import os
 import sys
 
 import deepspeed
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from training.config import parse_command
 from training.dry_run import dry_run, format_table
@@ -23,6 +25,8 @@ def main() -> None:
     if command.dry_run:
         print(format_table(command.config, dry_run(command.config, command.assume), command.assume))
         return
+    # Before anything asks for the current device: DeepSpeed itself sets it only when it builds the engine.
+    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     deepspeed.init_distributed()
     try:
         Trainer(command.config).train()

@@ -5,7 +5,6 @@
 Everything random is a function of (seed, global sample index), so resuming needs the step and the weights and nothing else.
 """
 
-import json
 import time
 from pathlib import Path
 
@@ -16,18 +15,17 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from model.autoencoder import LatentCodec, load_codec
-from model.configuration import LatteFlowConfig
+from model.autoencoder import LatentCodec
 from model.context import build_context_cache, tokenize_prompts
 from model.flow_matching import flow_matching_loss, interpolate
 from model.images import grid_scale, make_grid, to_pil, to_uint8
 from model.latte_flow import LatteFlowModel
-from model.pipeline import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, LatteFlowPipeline, PipelineConfig
+from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from model.sampling import image_seeds, initial_noise, sample_latents
-from model.vlm import build_tiny_tokenizer, build_tiny_vlm, fingerprint, load_vlm, tiny_vlm_config
 from training.checkpoint import MODEL_FOLDER, CheckpointStore, step_name
+from training.components import build_components, parameter_groups
 from training.config import TrainingConfig, differences, load_config, save_config, to_yaml
-from training.data.datasets import ImageDataset, load_image_dataset
+from training.data.datasets import ImageDataset, check_same_data, describe_data, load_image_dataset
 from training.data.loader import Batch, FlowMatchingSamples, make_loader
 from training.deepspeed_config import load_deepspeed_config, make_batch_layout
 from training.ema import AdamWWithEMA, ema_weights
@@ -35,102 +33,7 @@ from training.errors import UserError
 from training.metrics import LossMeter, MetricsWriter, expert_gradient_norms
 
 CONFIG_FILE = "config.yaml"
-
-
-def tiny_vlm_parts(config: TrainingConfig, images: ImageDataset):
-    """Return the configuration and the tokenizer of the tiny VLM that a run without ``vlm.path`` builds."""
-    tokenizer = build_tiny_tokenizer([*images.prompts, config.data.null_prompt], config.vlm.tiny.vocab_size)
-    sizes = {name: value for name, value in vars(config.vlm.tiny).items() if name not in ("vocab_size", "seed")}
-    return tiny_vlm_config(tokenizer, **sizes), tokenizer
-
-
-def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
-    """Build or load the VLM, its tokenizer, the codec and the network's configuration.
-
-    Args:
-        config: the run.
-        images: its data, which gives the prompts and the image channels.
-        saved: the run's model folder; where it exists, a VLM without a path of its own and its tokenizer are taken from it.
-
-    Returns:
-        (vlm, tokenizer, codec, LatteFlowConfig, PipelineConfig).
-
-    Raises:
-        UserError: when a path is missing or the parts do not fit together; the message names the field.
-    """
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    codec_arguments = {
-        "kind": config.codec.kind,
-        "path": config.codec.path,
-        "scaling_factor": config.codec.scaling_factor,
-        "image_channels": images.image_channels,
-        "patch": config.codec.patch,
-    }
-    try:
-        codec = load_codec(**codec_arguments, dtype=dtype)
-        if codec.image_channels != images.image_channels:
-            raise UserError(
-                f"codec: takes {codec.image_channels} image channels, data.dataset {images.name} has {images.image_channels}"
-            )
-        latent_size = codec.latent_size(config.data.resolution)
-        if config.vlm.path is None and (saved / PIPELINE_FILE).is_file() and (saved / VLM_FOLDER).is_dir():
-            # Not built again from its seed: another version of torch might draw other weights.
-            vlm, tokenizer = load_vlm(saved / VLM_FOLDER, dtype=torch.float32, tokenizer_path=saved / TOKENIZER_FOLDER)
-        elif config.vlm.path is None:
-            vlm_config, tokenizer = tiny_vlm_parts(config, images)
-            vlm = build_tiny_vlm(vlm_config, config.vlm.tiny.seed)
-        else:
-            vlm_dtype = torch.float32 if config.model["variant"] == "blend" else dtype
-            vlm, tokenizer = load_vlm(config.vlm.path, dtype=vlm_dtype)
-        model_config = LatteFlowConfig(
-            vlm_config=vlm.config, latent_channels=codec.latent_channels, latent_size=latent_size, **config.model
-        )
-    except UserError:
-        raise
-    except ValueError as error:  # the model's own checks name the field and what is accepted
-        raise UserError(str(error)) from error
-    is_folder = config.vlm.path is not None and Path(config.vlm.path).is_dir()
-    vlm_fingerprint = fingerprint(config.vlm.path) if is_folder else None
-    if (saved / PIPELINE_FILE).is_file():
-        trained_with = json.loads((saved / PIPELINE_FILE).read_text())["vlm_fingerprint"]
-        if trained_with != vlm_fingerprint:
-            raise UserError(
-                f"vlm.path: {config.vlm.path} is not the VLM that {saved.parent} was started with (fingerprint differs)"
-            )
-    pipeline_config = PipelineConfig(
-        resolution=config.data.resolution,
-        image_channels=images.image_channels,
-        prompt_template=config.data.prompt_template,
-        null_prompt=config.data.null_prompt,
-        class_names=images.class_names,
-        codec=codec_arguments,
-        vlm_path=str(Path(config.vlm.path).resolve()) if is_folder else config.vlm.path,
-        vlm_fingerprint=vlm_fingerprint,
-    )
-    return vlm.requires_grad_(False), tokenizer, codec, model_config, pipeline_config
-
-
-def parameter_groups(model: LatteFlowModel, weight_decay: float) -> list[dict]:
-    """Return the trained parameters as optimizer groups: one a timestep expert, one of what is around them, one of the VLM.
-
-    Each comes with and without weight decay: norms, biases, modulation and residual gates have none (paper section 6). A group's
-    ``name`` is the label that its gradient norm is reported under.
-    """
-    groups: dict[tuple[str, bool], list] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        part, index, *_ = name.split(".")
-        if part == "layers":
-            label = f"group_{model.experts.group_of_layer(int(index))}"
-        else:
-            label = {"image_io": "image_io", "vlm": "vlm"}[part]
-        decays = parameter.dim() > 1 and "modulation" not in name and "residual_gate" not in name
-        groups.setdefault((label, decays), []).append(parameter)
-    return [
-        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "name": label}
-        for (label, decays), parameters in groups.items()
-    ]
+DATA_FILE = "data.json"
 
 
 class Trainer:
@@ -152,6 +55,8 @@ class Trainer:
 
         self._check_output_dir()
         images = load_image_dataset(config.data)
+        check_same_data(images, self.output_dir / DATA_FILE)
+        self.data_description = describe_data(images)
         vlm, self.tokenizer, codec, model_config, self.pipeline_config = build_components(
             config, images, self.output_dir / MODEL_FOLDER
         )
@@ -205,9 +110,8 @@ class Trainer:
         self.checkpoints = CheckpointStore(self.output_dir / "checkpoints", config.checkpoint.keep_last)
         self.step = self._resume()
         if self.rank == 0:
-            save_config(
-                self.config, self.output_dir / CONFIG_FILE
-            )  # max_steps and the like may differ from the run's so far
+            # max_steps and the like may differ from what the run had so far.
+            save_config(self.config, self.output_dir / CONFIG_FILE)
         self.writer = MetricsWriter(self.output_dir, self.step) if self.rank == 0 else None
         self._say(self._describe(images))
 
@@ -277,7 +181,8 @@ class Trainer:
     def compute_losses(self, batch: Batch) -> Tensor:
         """Return the flow-matching loss of each row of a batch, [rows] (paper Eq. 1)."""
         with torch.no_grad():
-            data = self.codec.encode(batch.images).float()[batch.image_rows]
+            latents = batch.latents if batch.latents is not None else self.codec.encode(batch.images)
+            data = latents.float()[batch.image_rows]
         noisy = interpolate(data, batch.noise, batch.timesteps)
         velocity = self.engine(
             noisy,
@@ -381,9 +286,10 @@ class Trainer:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if not (self.output_dir / CONFIG_FILE).exists():
             save_config(self.config, self.output_dir / CONFIG_FILE)
-        if not (
-            self.output_dir / MODEL_FOLDER / PIPELINE_FILE
-        ).exists():  # written last: without it the folder is incomplete
+        if not (self.output_dir / DATA_FILE).exists():
+            (self.output_dir / DATA_FILE).write_text(self.data_description)
+        # pipeline.json is written last: without it the folder is incomplete.
+        if not (self.output_dir / MODEL_FOLDER / PIPELINE_FILE).exists():
             pipeline = LatteFlowPipeline(model, vlm, self.tokenizer, self.codec, self.pipeline_config)
             pipeline.save_components(self.output_dir / MODEL_FOLDER)
             model.train()

@@ -1,8 +1,8 @@
 """Start the project's command lines as a user does, and wait for them.
 
-``train`` goes through the real ``deepspeed`` launcher; a start costs 10 to 15 seconds, nearly all of it imports. ``Ranks.run`` runs
-the same script, from the first line of its ``__main__`` to its exit code, in processes forked from one server that has imported
-everything already. test_training.py checks that both train the same numbers, bit for bit.
+``train`` goes through the real ``deepspeed`` launcher; a start costs 10 to 15 seconds, nearly all of it imports. ``Ranks.run``
+runs the same script, from the first line of its ``__main__`` to its exit code, in processes forked from one server that has
+imported everything already. test_training.py checks that both train the same numbers, bit for bit.
 
 Both put this checkout first on the path: an installed package of the same name may be another one.
 """
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 300.0
+TIMEOUT = 1500.0
 """Seconds that any one command line may take: a shared machine, and a first start that compiles DeepSpeed's operator."""
 
 

@@ -1,4 +1,4 @@
-"""Bad input ends with one clear line that names the field and what is accepted, and a non-zero exit code; nothing is overwritten."""
+"""Bad input ends with one line that names the field and what is accepted, and a non-zero exit code; nothing is overwritten."""
 
 import json
 import shutil

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from model.vlm import build_tiny_vlm
 from tests.integration.launching import column, metrics
 from training.checkpoint import load_pipeline, read_weights
+from training.components import tiny_vlm_parts
 from training.config import load_config
 from training.data.datasets import load_image_dataset
-from training.trainer import tiny_vlm_parts
 
 STEPS = 8
 

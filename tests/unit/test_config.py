@@ -270,7 +270,7 @@ class TestRoundTrip:
     def test_any_text_is_kept(self, tmp_path, text):
         """Also what looks like another type in YAML."""
         config = parse_config([])
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, null_prompt=text, image_column=text))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, null_prompt=text))
         save_config(config, tmp_path / "config.yaml")
         assert load_config(tmp_path / "config.yaml") == config
 

@@ -1,19 +1,22 @@
 """The dry run counts what the real run has: against the built model, the paper's arithmetic, and measured memory."""
 
 import gc
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 
+from model.configuration import LatteFlowConfig
 from model.context import build_context_cache
 from model.latte_flow import LatteFlowModel
+from training.components import build_components
 from training.config import Assumptions, parse_command, parse_config
 from training.data.datasets import load_image_dataset
+from training.deepspeed_config import load_deepspeed_config, make_batch_layout
 from training.dry_run import dry_run, format_table
 from training.errors import UserError
-from training.trainer import build_components
 
 PAPER = [
     "--config=training/configs/digits.yaml",
@@ -109,3 +112,15 @@ def test_assumptions_come_from_the_command_line_and_are_checked():
     assert command.assume.gpus == 16
     with pytest.raises(UserError, match=r"assume\.gpus"):
         parse_command(["--dry_run", "--assume.gpus", "0"])
+
+
+@pytest.mark.parametrize("preset", sorted(Path("training/configs").glob("*imagenet*.yaml")), ids=lambda path: path.stem)
+def test_presets_describe_a_network_and_a_batch_for_8_gpus(preset):
+    config = parse_config(["--config", str(preset)])
+    vlm_config = AutoConfig.from_pretrained("training/configs/backbones/qwen2_vl_2b")
+    side = config.data.resolution // 32
+    network = LatteFlowConfig(vlm_config=vlm_config, latent_size=(side, side), **config.model)
+    layout = make_batch_layout(config, num_groups=network.num_groups, world_size=8, rank=0)
+    load_deepspeed_config(config, layout)
+    assert network.num_image_tokens == side**2
+    assert f"--config {preset}" in preset.read_text()

@@ -7,7 +7,7 @@ Hence ranks, micro-batches and restarts change nothing about what is trained, an
 Shapes: b micro-batch, K groups, c image channels, R resolution, C latent channels, (H, W) latent size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.randomness import Stream, generator, permutation, uniform
 from model.timestep_experts import TimestepExperts
-from training.data.datasets import ImageDataset
+from training.data.images import ImageDataset
+from training.data.latents import LatentDataset
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class FlowMatchingSamples(Dataset):
 
     def __init__(
         self,
-        images: ImageDataset,
+        images: ImageDataset | LatentDataset,
         experts: TimestepExperts,
         *,
         latent_shape: tuple[int, int, int],
@@ -103,10 +104,11 @@ class FlowMatchingSamples(Dataset):
         return int(self._order[1][position])
 
     def __getitem__(self, index: int) -> dict:
-        """Return one sample: image [c, R, R], noise [C, H, W], groups [n] and timesteps [n] (n = 1 or K), its prompt row."""
-        image, row = self.images[self.data_index(index)]
-        if self.horizontal_flip and uniform(self.seed, Stream.FLIP, index) < 0.5:
-            image = image.flip(-1)
+        """Return one sample: image [c, R, R] or latent [C, H, W], noise [C, H, W], groups [n] and timesteps [n] (n = 1 or K), its
+        prompt row."""
+        flip = self.horizontal_flip and uniform(self.seed, Stream.FLIP, index) < 0.5
+        sample = self.images.sample(self.data_index(index), flip=flip)
+        row = sample.pop("row")
         if uniform(self.seed, Stream.CONDITION_DROP, index) < self.condition_drop:
             row = self.null_row
         noise = generator(self.seed, Stream.TRAINING_NOISE, index).standard_normal(self.latent_shape, dtype=np.float32)
@@ -114,8 +116,8 @@ class FlowMatchingSamples(Dataset):
         groups = torch.arange(num_groups) if self.groups_per_sample == "all" else torch.tensor([index % num_groups])
         draws = torch.from_numpy(generator(self.seed, Stream.TIMESTEP, index).random(num_groups, dtype=np.float32))
         return {
+            **sample,
             "index": index,
-            "image": image,
             "noise": torch.from_numpy(noise),
             "groups": groups,
             "timesteps": self.experts.draw_timesteps(draws[groups], groups),
@@ -127,24 +129,29 @@ class FlowMatchingSamples(Dataset):
 class Batch:
     """A micro-batch whose rows are ordered by group, in K equal parts.
 
-    With ``groups_per_sample: all`` a sample fills K rows, and ``images`` holds each image once: ``image_rows`` names it.
+    It holds images or, where they were encoded ahead, latents. With ``groups_per_sample: all`` a sample fills K rows, and each
+    image or latent is held once: ``image_rows`` names it.
     """
 
-    images: Tensor  # [b, c, R, R]
+    images: Tensor | None  # [b, c, R, R]
     image_rows: Tensor  # [rows] int64
     noise: Tensor  # [rows, C, H, W]
     timesteps: Tensor  # [rows] float32
     groups: Tensor  # [rows] int64
     context_rows: Tensor  # [rows] int64
     sample_indices: Tensor  # [rows] int64, global
+    latents: Tensor | None = None  # [b, C, H, W] bfloat16
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
-        return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+        return self._map(lambda value: value.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory (called by torch's DataLoader)."""
-        return Batch(**{name: value.pin_memory() for name, value in vars(self).items()})
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(**{name: None if value is None else function(value) for name, value in vars(self).items()})
 
 
 def collate(samples: list[dict]) -> Batch:
@@ -154,7 +161,8 @@ def collate(samples: list[dict]) -> Batch:
     )
     positions = [position for _, position, _ in rows]
     return Batch(
-        images=torch.stack([s["image"] for s in samples]),
+        images=torch.stack([s["image"] for s in samples]) if "image" in samples[0] else None,
+        latents=torch.stack([s["latent"] for s in samples]) if "latent" in samples[0] else None,
         image_rows=torch.tensor(positions),
         noise=torch.stack([samples[p]["noise"] for p in positions]),
         timesteps=torch.stack([samples[p]["timesteps"][k] for _, p, k in rows]),

@@ -1,0 +1,358 @@
+"""Image sources: each layout gives the same pictures in a defined order, broken ones are counted, errors name the field."""
+
+import io
+import json
+import sys
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.images import to_uint8
+from training.config import DataConfig
+from training.data.class_names import imagenet_names
+from training.data.datasets import check_same_data, describe_data, load_image_dataset
+from training.data.images import BrokenImageError, center_crop, decode_image
+from training.data.sources import detect_dataset
+from training.errors import UserError
+
+SIDE = 8
+CLASSES = ("cat", "test", "train")  # two of them are names of splits to datasets
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def picture(number: int, side: int = SIDE) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def png(number: int) -> bytes:
+    stream = io.BytesIO()
+    picture(number).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_folders(root, classes=CLASSES, each=3):
+    """Image c x each + i, of class c, in ROOT/class/i.png."""
+    for c, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(each):
+            (root / name / f"{i}.png").write_bytes(png(c * each + i))
+    return root
+
+
+def config(dataset, path, **fields):
+    return DataConfig(dataset=dataset, path=str(path), resolution=SIDE, **fields)
+
+
+def numbers_of(images) -> list[int]:
+    """Return which of the numbered pictures a data set holds, in its order."""
+    known = {picture(i).tobytes(): i for i in range(40)}
+    return [known[to_uint8(images[i][0][None])[0].tobytes()] for i in range(len(images))]
+
+
+def prompts_of(images) -> list[str]:
+    return [images.prompts[images[i][1]] for i in range(len(images))]
+
+
+def test_image_folder_is_read_as_one_split_in_order_of_classes_and_names(tmp_path):
+    images = load_image_dataset(config("imagefolder", write_folders(tmp_path / "data")))
+    assert numbers_of(images) == list(range(9))
+    assert images.class_names == list(CLASSES)
+    assert prompts_of(images) == [f"Generate an image of {CLASSES[i // 3]}." for i in range(9)]
+
+
+def test_image_folder_with_captions(tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    for i in range(2):
+        (root / f"{i}.png").write_bytes(png(i))
+    lines = [{"file_name": f"{i}.png", "text": f"picture {i}"} for i in range(2)]
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    images = load_image_dataset(config("imagefolder", root))
+    assert numbers_of(images) == [0, 1]
+    assert images.class_names is None
+    assert prompts_of(images) == ["Generate an image of picture 0.", "Generate an image of picture 1."]
+
+
+def rows(count=4):
+    return {
+        "image": [{"bytes": png(i), "path": None} for i in range(count)],
+        "caption": [f"c{i % 2}" for i in range(count)],
+    }
+
+
+def image_table():
+    return datasets.Dataset.from_dict(
+        rows(), datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    )
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_tables_with_captions(tmp_path, kind):
+    path = tmp_path / "data"
+    if kind == "saved":
+        image_table().save_to_disk(path)
+    else:
+        path.mkdir()
+        image_table().to_parquet(path / "a.parquet")
+    images = load_image_dataset(config(kind, path))
+    assert numbers_of(images) == [0, 1, 2, 3]
+    assert images.prompts == ["Generate an image of c0.", "Generate an image of c1."]
+    assert list(images.prompt_rows) == [0, 1, 0, 1]
+    assert detect_dataset(path) == kind
+
+
+def write_tar(path, first, count, text=".txt"):
+    with tarfile.open(path, "w") as tar:
+        for i in range(first, first + count):
+            for name, content in ((f"{i:04d}.png", png(i)), (f"{i:04d}{text}", str(i % 2).encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def test_webdataset_tars_in_order_of_their_names(tmp_path):
+    write_tar(tmp_path / "b.tar", 3, 3)
+    write_tar(tmp_path / "a.tar", 0, 3)
+    images = load_image_dataset(config("webdataset", tmp_path))
+    assert numbers_of(images) == list(range(6))
+    assert prompts_of(images)[:2] == ["Generate an image of 0.", "Generate an image of 1."]
+    assert detect_dataset(tmp_path) == "webdataset"
+
+
+def test_webdataset_classes_are_named_by_a_file(tmp_path):
+    write_tar(tmp_path / "a.tar", 0, 3, text=".cls")
+    (tmp_path / "names.txt").write_text("tench\ngoldfish\n")
+    images = load_image_dataset(config("webdataset", tmp_path, class_names=str(tmp_path / "names.txt")))
+    assert prompts_of(images) == [f"Generate an image of {name}." for name in ("tench", "goldfish", "tench")]
+
+
+# --- class names -----------------------------------------------------------------------------------------------------------
+
+
+def install_torchvision(folder, monkeypatch, count=1000):
+    """Put a package like torchvision on the path that cannot be imported, as next to a torch that it was not built for."""
+    (folder / "torchvision" / "models").mkdir(parents=True)
+    (folder / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    names = [f"name {i}" for i in range(count)]
+    (folder / "torchvision" / "models" / "_meta.py").write_text(f"_IMAGENET_CATEGORIES = {names!r}\n")
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+
+
+WNIDS = [f"n{i:08d}" for i in range(1000)]
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    return write_folders(tmp_path_factory.mktemp("imagenet") / "train", WNIDS, each=1)
+
+
+def test_imagenet_folders_get_torchvisions_names_though_it_cannot_be_imported(imagenet, tmp_path, monkeypatch):
+    install_torchvision(tmp_path, monkeypatch)
+    images = load_image_dataset(config("imagefolder", imagenet))
+    assert images.class_names == [f"name {i}" for i in range(1000)]
+    assert images.prompts[images.prompt_rows[417]] == "Generate an image of name 417."
+
+
+def test_imagenet_folders_without_torchvision_fall_back_to_their_names_and_say_so(imagenet, monkeypatch, caplog):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    images = load_image_dataset(config("imagefolder", imagenet))
+    assert images.class_names == WNIDS
+    assert len(caplog.records) == 1
+    assert "torchvision" in caplog.text
+    with pytest.raises(UserError, match=r"data\.class_names: imagenet-1k takes the names from torchvision"):
+        load_image_dataset(config("imagefolder", imagenet, class_names="imagenet-1k"))
+
+
+def test_names_of_another_torchvision_are_refused(tmp_path, monkeypatch):
+    install_torchvision(tmp_path, monkeypatch, count=10)
+    with pytest.raises(UserError, match=r"data\.class_names: no 1000 ImageNet names"):
+        imagenet_names()
+
+
+def test_a_subset_of_imagenet_takes_its_names_from_the_synset_file(tmp_path, caplog):
+    root = write_folders(tmp_path / "data", ["n01440764", "n01443537"])
+    images = load_image_dataset(config("imagefolder", root))
+    assert images.class_names == ["n01440764", "n01443537"]
+    assert "LOC_synset_mapping.txt" in caplog.text
+    file = tmp_path / "LOC_synset_mapping.txt"
+    file.write_text(
+        "n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\nn01484850 great white shark\n"
+    )
+    assert load_image_dataset(config("imagefolder", root, class_names=str(file))).class_names == ["tench", "goldfish"]
+    file.write_text("tench\n")
+    with pytest.raises(UserError, match=r"data\.class_names: .* has 1 lines for 2 classes"):
+        load_image_dataset(config("imagefolder", root, class_names=str(file)))
+
+
+# --- cropping --------------------------------------------------------------------------------------------------------------
+
+
+def test_center_crop_leaves_a_picture_of_the_right_size_as_it_is():
+    assert center_crop(picture(0, 16), 16).tobytes() == picture(0, 16).tobytes()
+
+
+def test_center_crop_averages_boxes_and_takes_the_middle():
+    # 16 x 8 to 4: one halving averages 2 x 2 boxes, no resize is left, the middle 4 of 8 columns stay.
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 3), dtype=np.uint8)
+    halved = pixels.reshape(4, 2, 8, 2, 3).mean(axis=(1, 3))
+    cropped = np.asarray(center_crop(Image.fromarray(pixels), 4), dtype=float)
+    assert np.abs(cropped - halved[:, 2:6]).max() <= 1  # Pillow rounds after rows and after columns
+
+
+@pytest.mark.parametrize("size", [(100, 37), (37, 100), (64, 64), (16, 300), (5, 3), (31, 31), (32, 33)])
+def test_center_crop_gives_the_square_asked_for(size):
+    image = center_crop(Image.new("RGB", size, (10, 20, 30)), 16)
+    assert image.size == (16, 16)
+    assert (np.asarray(image) == (10, 20, 30)).all()
+
+
+def test_center_crop_halves_before_the_bicubic_resize():
+    image = picture(0, 50)
+    by_hand = image.resize((25, 25), Image.Resampling.BOX).resize((16, 16), Image.Resampling.BICUBIC)
+    assert center_crop(image, 16).tobytes() == by_hand.tobytes()
+
+
+# --- broken images ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
+def test_every_kind_of_picture_becomes_three_channels(mode):
+    stream = io.BytesIO()
+    image = Image.new(mode, (9, 12)) if mode != "P" else picture(0, 12).convert("P")
+    image.save(stream, "TIFF")
+    assert decode_image({"bytes": stream.getvalue(), "path": None}, SIDE).shape == (3, SIDE, SIDE)
+
+
+def test_damaged_bytes_are_an_image_or_a_broken_image_and_nothing_else():
+    generator = np.random.default_rng(0)
+    outcomes = set()
+    for kind in ("PNG", "JPEG", "WEBP", "GIF"):
+        stream = io.BytesIO()
+        picture(0, 24).save(stream, kind)
+        whole = stream.getvalue()
+        for _ in range(60):
+            damaged = bytearray(whole[: generator.integers(0, len(whole) + 1)])
+            for position in generator.integers(0, max(len(damaged), 1), generator.integers(0, 8)):
+                if damaged:
+                    damaged[position] = generator.integers(256)
+            try:
+                outcomes.add(tuple(decode_image({"bytes": bytes(damaged), "path": None}, SIDE).shape))
+            except BrokenImageError:
+                outcomes.add("broken")
+    assert outcomes == {(3, SIDE, SIDE), "broken"}
+
+
+def with_broken(tmp_path, *broken, total=9):
+    root = write_folders(tmp_path / "data")
+    files = sorted(root.glob("*/*.png"))
+    for index in broken:
+        files[index].write_bytes(png(index)[: 40 + index])
+    return root, files
+
+
+def test_a_broken_image_is_replaced_by_the_next_good_one_with_its_prompt_and_logged_once(tmp_path, caplog):
+    root, files = with_broken(tmp_path, 2, 3, 8)
+    images = load_image_dataset(config("imagefolder", root, max_broken_fraction=0.4))
+    for _ in range(2):
+        assert numbers_of(images) == [0, 1, 4, 4, 4, 5, 6, 7, 0]
+    assert prompts_of(images)[2] == "Generate an image of test."
+    assert prompts_of(images)[8] == "Generate an image of cat."
+    assert images.broken.nonzero().flatten().tolist() == [2, 3, 8]
+    assert len(caplog.records) == 3
+    for record, index in zip(caplog.records, (2, 3, 8), strict=True):
+        assert str(files[index]) in record.message
+
+
+def test_replacements_do_not_depend_on_the_order_of_access(tmp_path):
+    root, _ = with_broken(tmp_path, 2, 3)
+    images = load_image_dataset(config("imagefolder", root, max_broken_fraction=0.4))
+    assert [images.fetch(i)[1] for i in (3, 2, 4, 1)] == [4, 4, 4, 1]
+
+
+def test_too_many_broken_images_are_an_error_that_counts_and_names_the_last(tmp_path):
+    root, files = with_broken(tmp_path, 2, 3)
+    images = load_image_dataset(config("imagefolder", root, max_broken_fraction=0.2))  # 1.8 of 9
+    assert images.max_broken == 1
+    with pytest.raises(
+        UserError, match=rf"data\.max_broken_fraction: 2 broken images .*{files[3].name}.*at most 1 of 9"
+    ):
+        images.fetch(2)
+
+
+def test_broken_images_are_counted_over_all_worker_processes(tmp_path):
+    root, _ = with_broken(tmp_path, 2, 7)
+    images = load_image_dataset(config("imagefolder", root, max_broken_fraction=0.3))
+    loader = torch.utils.data.DataLoader(images, batch_size=1, num_workers=2, multiprocessing_context="fork")
+    assert len(list(loader)) == 9
+    assert images.broken.sum() == 2
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dataset", ["imagefolder", "parquet", "webdataset", "saved", "latents"])
+def test_a_missing_path_is_an_error_of_data_path(tmp_path, dataset):
+    with pytest.raises(UserError, match=r"data\.path: .*nowhere.* not found"):
+        load_image_dataset(config(dataset, tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("dataset", ["imagefolder", "parquet", "webdataset", "saved", "latents"])
+def test_an_empty_folder_is_an_error_of_data_path(tmp_path, dataset):
+    with pytest.raises(UserError, match=r"data\.path: "):
+        load_image_dataset(config(dataset, tmp_path))
+
+
+def test_zero_rows_are_an_error(tmp_path):
+    image_table().select([]).save_to_disk(tmp_path / "data")
+    with pytest.raises(UserError, match=r"data\.path: .* holds zero images"):
+        load_image_dataset(config("saved", tmp_path / "data"))
+
+
+def test_several_splits_are_an_error_that_names_them(tmp_path):
+    datasets.DatasetDict({"train": image_table(), "test": image_table()}).save_to_disk(tmp_path / "data")
+    with pytest.raises(UserError, match=r"data\.path: .*accepted: one of .*/data/train, .*/data/test"):
+        load_image_dataset(config("saved", tmp_path / "data"))
+
+
+@pytest.mark.parametrize("field", ["image_column", "text_column"])
+def test_an_unknown_column_is_an_error_that_lists_the_columns(tmp_path, field):
+    image_table().save_to_disk(tmp_path / "data")
+    with pytest.raises(UserError, match=rf"data\.{field}: .*other.*image"):
+        load_image_dataset(config("saved", tmp_path / "data", **{field: "other"}))
+
+
+def test_a_row_without_a_caption_is_an_error(tmp_path):
+    table = rows() | {"caption": ["a", None, "b", "c"]}
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    datasets.Dataset.from_dict(table, features).save_to_disk(tmp_path / "data")
+    with pytest.raises(UserError, match=r"data\.text_column: caption of row 1 .* is None"):
+        load_image_dataset(config("saved", tmp_path / "data"))
+
+
+# --- what a run records ----------------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_changes_with_the_data_and_not_with_its_place(tmp_path):
+    first = load_image_dataset(config("imagefolder", write_folders(tmp_path / "a" / "data")))
+    again = load_image_dataset(config("imagefolder", write_folders(tmp_path / "b" / "data")))
+    assert first.fingerprint == again.fingerprint
+    (tmp_path / "b" / "data" / "cat" / "9.png").write_bytes(png(9))
+    changed = load_image_dataset(config("imagefolder", tmp_path / "b" / "data"))
+    assert changed.fingerprint != first.fingerprint
+    record = tmp_path / "data.json"
+    check_same_data(changed, record)  # nothing recorded yet
+    record.write_text(describe_data(first))
+    check_same_data(again, record)
+    with pytest.raises(UserError, match=r"data\.path: .* has changed since this run was started"):
+        check_same_data(changed, record)

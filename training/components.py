@@ -1,0 +1,115 @@
+"""The parts of a run: the VLM, its tokenizer, the codec, the network's configuration, and the optimizer's parameter groups."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from model.autoencoder import load_codec
+from model.configuration import LatteFlowConfig
+from model.latte_flow import LatteFlowModel
+from model.pipeline import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, PipelineConfig
+from model.vlm import build_tiny_tokenizer, build_tiny_vlm, fingerprint, load_vlm, tiny_vlm_config
+from training.config import TrainingConfig
+from training.data.datasets import ImageDataset
+from training.data.latents import LatentDataset
+from training.errors import UserError
+
+
+def tiny_vlm_parts(config: TrainingConfig, images: ImageDataset):
+    """Return the configuration and the tokenizer of the tiny VLM that a run without ``vlm.path`` builds."""
+    tokenizer = build_tiny_tokenizer([*images.prompts, config.data.null_prompt], config.vlm.tiny.vocab_size)
+    sizes = {name: value for name, value in vars(config.vlm.tiny).items() if name not in ("vocab_size", "seed")}
+    return tiny_vlm_config(tokenizer, **sizes), tokenizer
+
+
+def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
+    """Build or load the VLM, its tokenizer, the codec and the network's configuration.
+
+    Args:
+        config: the run.
+        images: its data, which gives the prompts and the image channels.
+        saved: the run's model folder; where it exists, a VLM without a path of its own and its tokenizer are taken from it.
+
+    Returns:
+        (vlm, tokenizer, codec, LatteFlowConfig, PipelineConfig).
+
+    Raises:
+        UserError: when a path is missing or the parts do not fit together; the message names the field.
+    """
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    codec_arguments = {
+        "kind": config.codec.kind,
+        "path": config.codec.path,
+        "preset": config.codec.preset,
+        "scaling_factor": config.codec.scaling_factor,
+        "image_channels": images.image_channels,
+        "patch": config.codec.patch,
+    }
+    try:
+        codec = load_codec(**codec_arguments, dtype=dtype)
+        if codec.image_channels != images.image_channels:
+            raise UserError(
+                f"codec: takes {codec.image_channels} image channels, data.dataset {images.name} has {images.image_channels}"
+            )
+        latent_size = codec.latent_size(config.data.resolution)
+        if isinstance(images, LatentDataset):
+            images.check_codec(codec)
+        if config.vlm.path is None and (saved / PIPELINE_FILE).is_file() and (saved / VLM_FOLDER).is_dir():
+            # Not built again from its seed: another version of torch might draw other weights.
+            vlm, tokenizer = load_vlm(saved / VLM_FOLDER, dtype=torch.float32, tokenizer_path=saved / TOKENIZER_FOLDER)
+        elif config.vlm.path is None:
+            vlm_config, tokenizer = tiny_vlm_parts(config, images)
+            vlm = build_tiny_vlm(vlm_config, config.vlm.tiny.seed)
+        else:
+            vlm_dtype = torch.float32 if config.model["variant"] == "blend" else dtype
+            vlm, tokenizer = load_vlm(config.vlm.path, dtype=vlm_dtype)
+        model_config = LatteFlowConfig(
+            vlm_config=vlm.config, latent_channels=codec.latent_channels, latent_size=latent_size, **config.model
+        )
+    except UserError:
+        raise
+    except ValueError as error:  # the model's own checks name the field and what is accepted
+        raise UserError(str(error)) from error
+    is_folder = config.vlm.path is not None and Path(config.vlm.path).is_dir()
+    vlm_fingerprint = fingerprint(config.vlm.path) if is_folder else None
+    if (saved / PIPELINE_FILE).is_file():
+        trained_with = json.loads((saved / PIPELINE_FILE).read_text())["vlm_fingerprint"]
+        if trained_with != vlm_fingerprint:
+            raise UserError(
+                f"vlm.path: {config.vlm.path} is not the VLM that {saved.parent} was started with (fingerprint differs)"
+            )
+    pipeline_config = PipelineConfig(
+        resolution=config.data.resolution,
+        image_channels=images.image_channels,
+        prompt_template=config.data.prompt_template,
+        null_prompt=config.data.null_prompt,
+        class_names=images.class_names,
+        codec=codec_arguments,
+        vlm_path=str(Path(config.vlm.path).resolve()) if is_folder else config.vlm.path,
+        vlm_fingerprint=vlm_fingerprint,
+    )
+    return vlm.requires_grad_(False), tokenizer, codec, model_config, pipeline_config
+
+
+def parameter_groups(model: LatteFlowModel, weight_decay: float) -> list[dict]:
+    """Return the trained parameters as optimizer groups: one a timestep expert, one of what is around them, one of the VLM.
+
+    Each comes with and without weight decay: norms, biases, modulation and residual gates have none (paper section 6). A group's
+    ``name`` is the label that its gradient norm is reported under.
+    """
+    groups: dict[tuple[str, bool], list] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part, index, *_ = name.split(".")
+        if part == "layers":
+            label = f"group_{model.experts.group_of_layer(int(index))}"
+        else:
+            label = {"image_io": "image_io", "vlm": "vlm"}[part]
+        decays = parameter.dim() > 1 and "modulation" not in name and "residual_gate" not in name
+        groups.setdefault((label, decays), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "name": label}
+        for (label, decays), parameters in groups.items()
+    ]

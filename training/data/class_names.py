@@ -1,0 +1,96 @@
+"""Names of classes, for prompts: those of ImageNet-1k, those of a file, or those of the data set itself."""
+
+import ast
+import importlib.util
+import logging
+import re
+from pathlib import Path
+
+from training.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+IMAGENET = "imagenet-1k"
+WNID = re.compile(r"n\d{8}")
+
+
+def imagenet_names() -> list[str] | None:
+    """Return the 1000 names of ImageNet-1k in the order of its classes, from torchvision's weight metadata; None without it.
+
+    The list is read from torchvision's source and not imported: torchvision fails at import next to a torch that it was not built
+    for, and a list of names does not need it to work.
+
+    Raises:
+        UserError: when this torchvision keeps the names elsewhere.
+    """
+    spec = importlib.util.find_spec("torchvision")  # finds the folder, runs nothing of it
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    source = Path(spec.submodule_search_locations[0]) / "models" / "_meta.py"
+    for statement in ast.parse(source.read_text()).body if source.is_file() else ():
+        if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", "") == "_IMAGENET_CATEGORIES":
+            names = ast.literal_eval(statement.value)
+            if len(names) == 1000:
+                return names
+    raise UserError(
+        f"data.class_names: no 1000 ImageNet names in {source}; accepted: a file of names instead, see docs/data.md"
+    )
+
+
+def resolve_class_names(wanted: str | None, own: list[str]) -> list[str]:
+    """Return the names that prompts are made of, in the order of the classes.
+
+    Args:
+        wanted: data.class_names: ``imagenet-1k``; a text file with a name a line, or lines "OWN_NAME name, synonyms" such as
+            ImageNet's LOC_synset_mapping.txt; None for ImageNet's names when the classes are its 1000 WordNet ids, and otherwise
+            the data set's own.
+        own: the data set's names: folders, ClassLabel names or numbers.
+
+    Raises:
+        UserError: when the file is missing or does not fit the classes, or ImageNet's names are asked for and cannot be had.
+    """
+    if wanted is not None and wanted != IMAGENET:
+        return _names_from_file(Path(wanted), own)
+    is_imagenet = len(own) == 1000 and own == sorted(own) and all(WNID.fullmatch(name) for name in own)
+    if wanted is None and not is_imagenet:
+        if own and all(WNID.fullmatch(name) for name in own):
+            logger.warning(
+                "the %d classes are named by WordNet ids (%s, ...) and are not ImageNet-1k's 1000: prompts are made of the ids; "
+                "data.class_names takes a file of names, such as LOC_synset_mapping.txt",
+                len(own),
+                own[0],
+            )
+        return own
+    if len(own) != 1000:
+        raise UserError(
+            f"data.class_names: {IMAGENET} has 1000 classes, the data has {len(own)}; accepted: a file of names"
+        )
+    names = imagenet_names()
+    if names is not None:
+        return names
+    if wanted == IMAGENET:
+        raise UserError(
+            f"data.class_names: {IMAGENET} takes the names from torchvision, which is not installed; accepted: install the extra "
+            "'imagenet' (pip install -e '.[imagenet]'), or a file of names"
+        )
+    logger.warning(
+        "torchvision, which has the names of ImageNet's classes, is not installed: prompts are made of the folders' names (%s, "
+        "...); pip install -e '.[imagenet]', or give data.class_names a file",
+        own[0],
+    )
+    return own
+
+
+def _names_from_file(path: Path, own: list[str]) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"data.class_names: {path} not found; accepted: {IMAGENET}, or a text file with a name a line")
+    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    keyed = {key: rest.split(",")[0].strip() for key, _, rest in (line.partition(" ") for line in lines)}
+    if all(name in keyed and keyed[name] for name in own):
+        return [keyed[name] for name in own]
+    if len(lines) != len(own):
+        raise UserError(
+            f"data.class_names: {path} has {len(lines)} lines for {len(own)} classes; accepted: a name a line in the order of "
+            "the classes, or a line 'FOLDER name' for each of them"
+        )
+    return lines

@@ -1,0 +1,170 @@
+"""Latents encoded ahead by tools/encode_latents.py, read for training.
+
+The folder is a saved data set of Hugging Face ``datasets`` (``load_from_disk`` opens it) with a manifest beside it:
+
+    manifest.json                    what was encoded by what, counts, statistics, size and SHA-256 of each shard; written last
+    settings.json                    the part of it that is known before the first image, written first
+    data-00000-of-00313.arrow        latents of the images 0 .. shard_size - 1 of the source, and so on
+    data-00000-of-00313.json         written after the shard is complete: rows, SHA-256, sums, broken images
+    state.json, dataset_info.json    what load_from_disk reads
+
+A row: ``latent`` and, with flips, ``latent_flipped`` (the latent of the mirrored image), the bits of C x H x W bfloat16 numbers
+in that order as int16, because Arrow has no bfloat16 (``torch.from_numpy(array).view(torch.bfloat16)`` reads it, no copy);
+``label`` (a class) or ``text`` (a caption); ``index``, the row of the source that the latent is of. Row i is that of image i, or
+of its replacement when it is broken, so a training run draws the same samples from latents as from images.
+
+Shapes: C latent channels, (H, W) latent size.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from model.autoencoder import LatentCodec
+from training.config import DataConfig
+from training.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+SETTINGS_FILE = "settings.json"
+COMMAND = "tools/encode_latents.py"
+
+
+def shard_name(shard: int, num_shards: int) -> str:
+    """Return the file name of a shard, as ``datasets`` names them."""
+    return f"data-{shard:05d}-of-{num_shards:05d}.arrow"
+
+
+def latent_columns(flips: bool) -> tuple[str, ...]:
+    """Return the names of the columns of latents."""
+    return ("latent", "latent_flipped") if flips else ("latent",)
+
+
+class LatentDataset(Dataset):
+    """Memory-mapped latents with prompts; takes the place of an ImageDataset.
+
+    Attributes:
+        name: for messages and logs.
+        manifest: the content of manifest.json.
+        prompt_rows: the row of ``prompts`` that each latent has.
+        prompts: the distinct user messages.
+        image_channels: c of the images that were encoded.
+        class_names: names of the classes, or None for captions.
+        fingerprint: of the manifest, which holds the hash of every shard.
+    """
+
+    def __init__(self, folder: Path, manifest: dict, *, prompt_template: str, flips: bool):
+        import datasets
+
+        self.name = str(folder)
+        self.manifest = manifest
+        self.image_channels = manifest["codec"]["image_channels"]
+        self.class_names = manifest["class_names"]
+        self.fingerprint = hashlib.sha256((folder / MANIFEST_FILE).read_bytes()).hexdigest()
+        table = datasets.load_from_disk(str(folder)).data.table
+        self.shard_size = manifest["shard_size"]
+        shape = tuple(manifest["latent_shape"])
+        self._latents = [_as_bfloat16(table.column(name), shape) for name in latent_columns(flips)]
+        if self.class_names is not None:
+            captions, self.prompt_rows = self.class_names, table.column("label").to_numpy()
+        else:
+            encoded = table.column("text").combine_chunks().dictionary_encode()
+            captions, self.prompt_rows = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+        self.prompts = [prompt_template.format(caption) for caption in captions]
+
+    def __len__(self) -> int:
+        return len(self.prompt_rows)
+
+    def sample(self, index: int, *, flip: bool) -> dict:
+        """Return {"latent": [C, H, W] bfloat16 of the image or of the mirrored image, "row": row of its prompt}."""
+        shard, row = divmod(index, self.shard_size)
+        return {"latent": self._latents[int(flip)][shard][row], "row": int(self.prompt_rows[index])}
+
+    def check_codec(self, codec: LatentCodec) -> None:
+        """Refuse a codec that these latents are not of: the sample grids would show what the model never learned.
+
+        Raises:
+            UserError: when the codec encodes differently.
+        """
+        made_with = self.manifest["codec"]
+        if codec.fingerprint() != made_with["fingerprint"]:
+            raise UserError(
+                f"codec: {self.name} was encoded by another one ({made_with['kind']}, path {made_with['path']}, scaling factor "
+                f"{made_with['scaling_factor']}, fingerprint {made_with['fingerprint']}; this one has {codec.fingerprint()}); "
+                "accepted: the same codec"
+            )
+
+
+def _as_bfloat16(column, shape: tuple[int, int, int]) -> list[Tensor]:
+    """Return a column of latents as one tensor a shard, [rows, C, H, W] bfloat16, that share the memory-mapped file."""
+    import warnings
+
+    with warnings.catch_warnings():
+        # The file is mapped read-only, which torch cannot express; nothing here writes to it.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return [
+            torch.from_numpy(chunk.flatten().to_numpy(zero_copy_only=True)).view(torch.bfloat16).view(-1, *shape)
+            for chunk in column.chunks
+        ]
+
+
+def load_latent_dataset(config: DataConfig) -> LatentDataset:
+    """Return the latents at ``config.path``.
+
+    Raises:
+        UserError: when the folder is missing, incomplete, of another resolution, or lacks the mirrored images that
+            data.horizontal_flip asks for.
+    """
+    if config.path is None or not Path(config.path).is_dir():
+        raise UserError(
+            f"data.path: {config.path} not found; accepted with data.dataset latents: a folder of {COMMAND}"
+        )
+    folder = Path(config.path)
+    manifest = read_manifest(folder)
+    if manifest["resolution"] != config.resolution:
+        raise UserError(
+            f"data.resolution: {config.resolution}, but {folder} was encoded at {manifest['resolution']}; accepted: the same"
+        )
+    if config.horizontal_flip and not manifest["flips"]:
+        raise UserError(
+            f"data.horizontal_flip: true, but {folder} was encoded without mirrored images (--no_flip); accepted: false"
+        )
+    for shard in manifest["shards"]:
+        file = folder / shard["file"]
+        size = file.stat().st_size if file.is_file() else None
+        if size != shard["bytes"]:
+            raise UserError(
+                f"data.path: {file} {'is missing' if size is None else f'has {size} bytes'}, {MANIFEST_FILE} says "
+                f"{shard['bytes']}; accepted: delete it and the .json of the same name, {MANIFEST_FILE} too, and encode again"
+            )
+    if int(os.environ.get("RANK", 0)) == 0:
+        for warning in manifest["warnings"]:
+            logger.warning("%s: %s", folder, warning)
+    return LatentDataset(folder, manifest, prompt_template=config.prompt_template, flips=manifest["flips"])
+
+
+def read_manifest(folder: Path) -> dict:
+    """Return the manifest of a complete folder of latents.
+
+    Raises:
+        UserError: when the folder is not complete, or of another version's format.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        started = (folder / SETTINGS_FILE).is_file()
+        state = (
+            "is not complete: run the same command again, it goes on where it stopped" if started else "is not there"
+        )
+        raise UserError(f"data.path: {path} {state}; accepted with data.dataset latents: a folder of {COMMAND}")
+    manifest = json.loads(path.read_text())
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"data.path: {path} has format {manifest.get('format')}; accepted: {FORMAT}")
+    return manifest
