@@ -19,7 +19,8 @@ def record_batches() -> None:
 
     def recording(self, batch):
         losses = compute_losses(self, batch)
-        seen.append({"step": self.step + 1, "losses": losses.detach(), **vars(batch)})
+        fields = {name: value for name, value in vars(batch).items() if value is not None}
+        seen.append({"step": self.step + 1, "losses": losses.detach(), **fields})
         torch.save(seen, Path(os.environ["HOOK_DIR"]) / f"rank_{self.rank}.pt")
         return losses
 

@@ -193,7 +193,6 @@ def test_damaged_checkpoints_are_an_error_and_not_a_restart_from_zero(command, s
         pytest.param(["--batch_size", "0"], ["batch_size", "1 or more"], id="batch"),
         pytest.param(["--seed", "-1"], ["seed", "-1", "0 to 2^32 - 1"], id="seed"),
         pytest.param(["--num_steps", "0"], ["num_steps", "1 or more"], id="steps"),
-        pytest.param(["--weights", "mean"], ["weights", "mean", "ema", "model"], id="weights"),
     ],
 )
 def test_sampling_refuses_what_it_cannot_draw(command, short_run, arguments, words):
