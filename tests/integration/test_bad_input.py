@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from tests.integration.launching import ROOT, train
+from tests.integration.launching import ROOT, environment, free_port, run, train
 
 
 def assert_refused(finished, *words: str) -> None:
@@ -35,14 +35,19 @@ def short_run(command):
 
 
 def test_an_unknown_field_in_a_file_under_the_launcher(tmp_path):
+    """The first rank says the error, also when it finds it last: the launcher ends all ranks as soon as one has failed."""
     preset = tmp_path / "preset.yaml"
     preset.write_text("max_step: 3\n")
-    assert_refused(train(tmp_path / "run", "--config", str(preset), ranks=2), "max_step")
+    (tmp_path / "sitecustomize.py").write_text("import os, time\nif os.environ.get('RANK') == '0': time.sleep(2.5)\n")
+    late = environment() | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "training/main.py"]
+    fields = ["--deepspeed", "ds_configs/zero2.json", "--config", str(preset), "--output_dir", str(tmp_path / "run")]
+    assert_refused(run([*command, *fields], env=late), "max_step")
     assert not (tmp_path / "run").exists()
 
 
 def test_groups_that_do_not_divide_the_layers_under_the_launcher(tmp_path):
-    finished = train(tmp_path / "run", "--model.num_groups", "3", ranks=2)
+    finished = train(tmp_path / "run", "--model.num_groups", "3")
     assert_refused(finished, "num_groups", "3", "1, 2, 4, 8")
     assert not (tmp_path / "run").exists()
 
@@ -111,8 +116,8 @@ def test_zero_images(command, tmp_path):
 def test_a_deepspeed_configuration_that_contradicts_the_run(command, tmp_path, change, words):
     settings = json.loads((ROOT / "ds_configs" / "zero2.json").read_text()) | change
     (tmp_path / "zero.json").write_text(json.dumps(settings))
-    run = command.main("--output_dir", str(tmp_path / "run"), "--deepspeed", str(tmp_path / "zero.json"))
-    assert_refused(run, "zero.json", *words)
+    refused = command.main("--output_dir", str(tmp_path / "run"), "--deepspeed", str(tmp_path / "zero.json"))
+    assert_refused(refused, "zero.json", *words)
     assert not (tmp_path / "run").exists()
 
 
@@ -153,11 +158,11 @@ def test_a_run_of_another_number_of_ranks_is_not_overwritten(command, short_run)
 
 @pytest.mark.parametrize("damage", ["flipped", "shorter", "missing", "manifest"])
 def test_damaged_checkpoints_are_an_error_and_not_a_restart_from_zero(command, short_run, tmp_path, damage):
-    run = tmp_path / "run"
-    shutil.copytree(short_run.output_dir, run)
-    text = (run / "config.yaml").read_text().replace(str(short_run.output_dir), str(run))
-    (run / "config.yaml").write_text(text)
-    for checkpoint in (run / "checkpoints").glob("step_*"):
+    folder = tmp_path / "run"
+    shutil.copytree(short_run.output_dir, folder)
+    text = (folder / "config.yaml").read_text().replace(str(short_run.output_dir), str(folder))
+    (folder / "config.yaml").write_text(text)
+    for checkpoint in (folder / "checkpoints").glob("step_*"):
         shard = next(checkpoint.glob("*_optim_states.pt"))
         content = bytearray(shard.read_bytes())
         if damage == "flipped":
@@ -169,14 +174,14 @@ def test_damaged_checkpoints_are_an_error_and_not_a_restart_from_zero(command, s
             shard.unlink()
         else:
             (checkpoint / "manifest.json").write_text("{")
-    before = contents(run)
-    again = command.train(output_dir=run, max_steps=4, checkpoint__every=1, sample__every=0, code=None)
+    before = contents(folder)
+    again = command.train(output_dir=folder, max_steps=4, checkpoint__every=1, sample__every=0, code=None)
     assert_refused(again.finished, "2 checkpoints", "damaged")
     expected = "manifest.json" if damage == "manifest" else "optim_states.pt"
     assert again.finished.output.count(expected) >= 2  # each is named
-    assert contents(run) == before
-    assert_refused(command.sample(run, code=None).finished, str(run), "no valid checkpoint")
-    step = run / "checkpoints" / "step_0000002"
+    assert contents(folder) == before
+    assert_refused(command.sample(folder, code=None).finished, str(folder), "no valid checkpoint")
+    step = folder / "checkpoints" / "step_0000002"
     assert_refused(command.sample(step, code=None).finished, expected)
 
 

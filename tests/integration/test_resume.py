@@ -47,7 +47,7 @@ def test_a_launch_killed_at_any_moment_continues_with_the_same_bits(command, log
         ranks=2, logging__every=3, output_dir=output_dir, launcher=True, kill_when=manifest.exists, code=None
     )
     assert killed.finished.code == -9, killed.finished.output
-    resumed = command.train(ranks=2, logging__every=3, output_dir=output_dir, launcher=True)
+    resumed = command.train(ranks=2, logging__every=3, output_dir=output_dir)
     assert f"resumed from {manifest.parent}" in resumed.finished.output
     assert_same_metrics(resumed, logged_every_third)
     assert_weights_equal(resumed, logged_every_third, STEPS)
