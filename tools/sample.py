@@ -51,6 +51,10 @@ def sample(
         raise UserError(f"num_images: got {num_images}; accepted: 1 or more")
     if batch_size < 1:
         raise UserError(f"batch_size: got {batch_size}; accepted: 1 or more")
+    if num_steps < 1:
+        raise UserError(f"num_steps: got {num_steps}; accepted: 1 or more")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed: got {seed}; accepted: 0 to 2^32 - 1")
     if classes is not None and prompts is not None:
         raise UserError("classes, prompts: got both; accepted: one of them")
     folder = Path(output)

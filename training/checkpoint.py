@@ -55,7 +55,7 @@ class CheckpointStore:
         self.keep_last = keep_last
 
     def save(self, engine, step: int, client_state: dict) -> Path:
-        """Write and commit a checkpoint of the engine; a committed one of this step is left as it is.
+        """Write and commit a checkpoint of the engine; a valid one of this step is left as it is, a damaged one replaced.
 
         Args:
             engine: the DeepSpeed engine.
@@ -67,7 +67,7 @@ class CheckpointStore:
         """
         final = self.folder / step_name(step)
         partial = final.with_name(final.name + PARTIAL_SUFFIX)
-        if self._agree(final.exists()):
+        if self._agree(final.exists()) and not _gather_dict(dict(_check_files(final, _share))):
             return final
         if _is_first_rank():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +81,7 @@ class CheckpointStore:
             manifest = {"step": step, "world_size": dist.get_world_size(), "files": dict(sorted(entries.items()))}
             _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
             _sync(partial)
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one
             os.replace(partial, final)
             _write_durably(self.folder / (LATEST + PARTIAL_SUFFIX), final.name)
             os.replace(self.folder / (LATEST + PARTIAL_SUFFIX), self.folder / LATEST)

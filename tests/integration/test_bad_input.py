@@ -1,142 +1,222 @@
-"""Bad input ends with one clear line and a non-zero exit code; nothing is overwritten."""
+"""Bad input ends with one line that names the field and what is accepted, and a non-zero exit code; nothing is overwritten."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
 import pytest
 
-from tests.integration.launching import TINY_RUN, run, train, train_alone
-from training.errors import exit_code
-from training.main import main
+from tests.integration.launching import ROOT, environment, free_port, run, train
 
 
 def assert_refused(finished, *words: str) -> None:
     """The program failed with one line of error that has these words, and without a traceback."""
     errors = [line for line in finished.output.splitlines() if line.startswith("error: ")]
-    assert finished.code != 0
+    assert finished.code != 0, finished.output
     assert len(errors) == 1, finished.output
     assert "Traceback" not in finished.output
     for word in words:
         assert word in errors[0], errors[0]
 
 
-def test_an_unknown_field_on_the_command_line(tmp_path):
-    finished = train_alone("--output_dir", str(tmp_path / "run"), "--optimizer.learning_rate", "1")
-    assert_refused(finished, "--optimizer.learning_rate")
-    assert not (tmp_path / "run").exists()
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the content of every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def short_run(command):
+    """A finished run of two steps with a checkpoint of each."""
+    return command.train(max_steps=2, checkpoint__every=1, sample__every=0)
+
+
+# Under the real launcher: the exit code has to come through it
 
 
 def test_an_unknown_field_in_a_file_under_the_launcher(tmp_path):
+    """The first rank says the error, also when it finds it last: the launcher ends all ranks as soon as one has failed."""
     preset = tmp_path / "preset.yaml"
     preset.write_text("max_step: 3\n")
-    finished = train(tmp_path / "run", "--config", str(preset))
-    assert_refused(finished, "max_step")
+    (tmp_path / "sitecustomize.py").write_text("import os, time\nif os.environ.get('RANK') == '0': time.sleep(2.5)\n")
+    late = environment() | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "training/main.py"]
+    fields = ["--deepspeed", "ds_configs/zero2.json", "--config", str(preset), "--output_dir", str(tmp_path / "run")]
+    assert_refused(run([*command, *fields], env=late), "max_step")
     assert not (tmp_path / "run").exists()
 
 
 def test_groups_that_do_not_divide_the_layers_under_the_launcher(tmp_path):
-    finished = train(tmp_path / "run", "--model.num_groups", "3", ranks=2)
+    finished = train(tmp_path / "run", "--model.num_groups", "3")
     assert_refused(finished, "num_groups", "3", "1, 2, 4, 8")
     assert not (tmp_path / "run").exists()
 
 
+# One process
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        pytest.param(["--deepspeed", "missing.json"], ["missing.json"], id="missing-deepspeed"),
+        pytest.param(["--optimizer.learning_rate", "1"], ["optimizer.learning_rate"], id="unknown-field"),
+        pytest.param(["--max_steps", "many"], ["max_steps", "int"], id="wrong-type"),
+        pytest.param(["--max_steps", "0"], ["max_steps", "0", "greater than 0"], id="out-of-range"),
+        pytest.param(["--data.prompt_template", "a digit"], ["data.prompt_template", "{}"], id="template"),
+        pytest.param(["--config", "missing.yaml"], ["missing.yaml"], id="missing-preset"),
+        pytest.param(
+            ["--deepspeed", "missing.json"], ["deepspeed", "missing.json", "zero2.json"], id="missing-deepspeed"
+        ),
         pytest.param(["--vlm.path", "missing_folder"], ["vlm.path", "missing_folder"], id="missing-vlm"),
-        pytest.param(["--global_batch_size", "30"], ["micro_batch_size", "4 groups"], id="micro-batch"),
+        pytest.param(["--global_batch_size", "30"], ["micro_batch_size", "4 groups"], id="batch-of-30"),
+        pytest.param(
+            ["--micro_batch_size", "6", "--global_batch_size", "12"], ["micro_batch_size: 6", "4 groups"], id="of-6"
+        ),
+        pytest.param(["--micro_batch_size", "5"], ["micro_batch_size: 5", "divisors of 256"], id="no-divisor"),
+        pytest.param(["--model.num_groups", "3"], ["num_groups", "1, 2, 4, 8"], id="groups"),
+        pytest.param(["--model.variant", "mix"], ["model.variant", "couple", "blend"], id="variant"),
+        pytest.param(["--data.resolution", "16"], ["data.resolution", "8"], id="resolution"),
+        pytest.param(["--data.dataset", "parquet"], ["data.path"], id="no-data-path"),
     ],
 )
-def test_values_that_do_not_fit(tmp_path, arguments, words):
-    assert_refused(train_alone("--output_dir", str(tmp_path / "run"), *arguments), *words)
+def test_values_that_do_not_fit(command, tmp_path, arguments, words):
+    assert_refused(command.main("--output_dir", str(tmp_path / "run"), *arguments), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_is_no_yaml(command, tmp_path):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("max_steps: [3\n  lr")
+    assert_refused(command.main("--output_dir", str(tmp_path / "run"), "--config", str(preset)), "preset.yaml")
+    assert not (tmp_path / "run").exists()
+
+
+def test_zero_images(command, tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    empty = datasets.Dataset.from_dict({"image": [], "text": []}, features=features)
+    empty.to_parquet(tmp_path / "empty.parquet")
+    data = ["--data.dataset", "parquet", "--data.path", str(tmp_path / "empty.parquet")]
+    assert_refused(
+        command.main("--output_dir", str(tmp_path / "run"), *data), "data.path", "empty.parquet", "zero images"
+    )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("change", "words"),
     [
-        pytest.param(["--config", "missing.yaml"], ["missing.yaml"], id="missing-preset"),
-        pytest.param(["--max_steps", "many"], ["max_steps", "int"], id="wrong-type"),
-        pytest.param(["--data.prompt_template", "a digit"], ["data.prompt_template", "{}"], id="template"),
+        pytest.param(
+            {"gradient_clipping": 0.5}, ["optimizer.grad_clip", "gradient_clipping", "0.5", "1.0"], id="clipping"
+        ),
+        pytest.param({"train_batch_size": 64}, ["global_batch_size", "train_batch_size", "64", "256"], id="batch"),
+        pytest.param({"bf16": {"enabled": True}}, ["precision", "bf16.enabled", "True"], id="precision"),
+        pytest.param({"optimizer": {"type": "AdamW"}}, ["deepspeed", "optimizer"], id="optimizer"),
+        pytest.param({"zero_optimization": {"stage": 0}}, ["zero_optimization.stage 0", "1, 2, 3"], id="stage"),
     ],
 )
-def test_what_cannot_be_parsed(monkeypatch, capfd, arguments, words):
-    monkeypatch.setattr("sys.argv", ["training/main.py", *arguments])
-    assert exit_code(main) == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    assert all(word in line for word in words), line
+def test_a_deepspeed_configuration_that_contradicts_the_run(command, tmp_path, change, words):
+    settings = json.loads((ROOT / "ds_configs" / "zero2.json").read_text()) | change
+    (tmp_path / "zero.json").write_text(json.dumps(settings))
+    refused = command.main("--output_dir", str(tmp_path / "run"), "--deepspeed", str(tmp_path / "zero.json"))
+    assert_refused(refused, "zero.json", *words)
+    assert not (tmp_path / "run").exists()
 
 
-def test_zero_images(tmp_path):
-    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    empty = datasets.Dataset.from_dict({"image": [], "text": []}, features=features)
-    empty.to_parquet(tmp_path / "empty.parquet")
-    arguments = ["--data.dataset", "parquet", "--data.path", str(tmp_path / "empty.parquet")]
-    finished = train_alone("--output_dir", str(tmp_path / "run"), *arguments)
-    assert_refused(finished, "data.path", "zero images")
+# Folders that hold something already
 
 
-def test_a_contradiction_with_the_deepspeed_configuration(tmp_path):
-    settings = json.loads(Path("ds_configs/zero2.json").read_text())
-    settings["gradient_clipping"] = 0.5
-    (tmp_path / "zero2.json").write_text(json.dumps(settings))
-    arguments = ["--output_dir", str(tmp_path / "run"), "--deepspeed", str(tmp_path / "zero2.json")]
-    assert_refused(train_alone(*arguments), "optimizer.grad_clip", "gradient_clipping", "0.5", "1.0")
-
-
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
+def test_a_folder_of_something_else_is_left_alone(command, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    assert_refused(train_alone("--output_dir", str(tmp_path)), "output_dir", "not a training run")
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    assert_refused(
+        command.main("--output_dir", str(tmp_path)), "output_dir", "not a training run", "a new or empty folder"
+    )
+    assert contents(tmp_path) == {"thesis.txt": b"years of work"}
 
 
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "run"
-    finished = train_alone(*TINY_RUN, "--output_dir", str(output), "--max_steps", "2")
-    assert finished.code == 0, finished.output
-    return output
+def test_a_file_in_place_of_the_folder_is_left_alone(command, tmp_path):
+    (tmp_path / "run").write_text("years of work")
+    assert_refused(command.main("--output_dir", str(tmp_path / "run")), "output_dir", "a new or empty folder")
+    assert (tmp_path / "run").read_text() == "years of work"
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def test_a_run_of_another_configuration_is_not_overwritten(command, short_run):
+    before = contents(short_run.output_dir)
+    refused = command.train(
+        output_dir=short_run.output_dir, max_steps=4, optimizer__lr=1, model__num_groups=2, code=None
+    )
+    assert_refused(
+        refused.finished, "output_dir", "optimizer.lr", "0.002", "1.0", "model.num_groups", "another output_dir"
+    )
+    assert contents(short_run.output_dir) == before
 
 
-def test_a_run_of_another_configuration_is_not_overwritten(finished_run):
-    before = contents(finished_run)
-    changed = ["--output_dir", str(finished_run), "--max_steps", "4", "--optimizer.lr", "1", "--model.num_groups", "2"]
-    assert_refused(train_alone(*TINY_RUN, *changed), "optimizer.lr", "model.num_groups", "0.002")
-    assert contents(finished_run) == before
+def test_a_run_of_another_number_of_ranks_is_not_overwritten(command, short_run):
+    before = contents(short_run.output_dir)
+    refused = command.train(output_dir=short_run.output_dir, max_steps=4, ranks=2, code=None)
+    assert_refused(refused.finished, "written by 1 ranks", "this run has 2")
+    assert contents(short_run.output_dir) == before
 
 
-def test_damaged_checkpoints_are_an_error_and_not_a_restart_from_zero(finished_run):
-    checkpoint = finished_run / "checkpoints" / "step_0000002"
-    shard = next(checkpoint.glob("*optim_states.pt"))
-    whole = shard.read_bytes()
-    try:
-        flipped = bytearray(whole)
-        flipped[len(whole) // 2] ^= 1
-        shard.write_bytes(flipped)
-        before = contents(finished_run)
-        finished = train_alone(*TINY_RUN, "--output_dir", str(finished_run), "--max_steps", "4")
-        assert_refused(finished, "damaged")
-        assert shard.name in finished.output
-        after = contents(finished_run)
-        assert {name: after[name] for name in before} == before
-        sampled = run(["python", "tools/sample.py", str(checkpoint), "--output", str(finished_run / "drawn")])
-        assert_refused(sampled, shard.name, "SHA-256")
-    finally:
-        shard.write_bytes(whole)
+@pytest.mark.parametrize("damage", ["flipped", "shorter", "missing", "manifest"])
+def test_damaged_checkpoints_are_an_error_and_not_a_restart_from_zero(command, short_run, tmp_path, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(short_run.output_dir, folder)
+    text = (folder / "config.yaml").read_text().replace(str(short_run.output_dir), str(folder))
+    (folder / "config.yaml").write_text(text)
+    for checkpoint in (folder / "checkpoints").glob("step_*"):
+        shard = next(checkpoint.glob("*_optim_states.pt"))
+        content = bytearray(shard.read_bytes())
+        if damage == "flipped":
+            content[len(content) // 2] ^= 1
+            shard.write_bytes(content)
+        elif damage == "shorter":
+            shard.write_bytes(content[:-1])
+        elif damage == "missing":
+            shard.unlink()
+        else:
+            (checkpoint / "manifest.json").write_text("{")
+    before = contents(folder)
+    again = command.train(output_dir=folder, max_steps=4, checkpoint__every=1, sample__every=0, code=None)
+    assert_refused(again.finished, "2 checkpoints", "damaged")
+    expected = "manifest.json" if damage == "manifest" else "optim_states.pt"
+    assert again.finished.output.count(expected) >= 2  # each is named
+    assert contents(folder) == before
+    assert_refused(command.sample(folder, code=None).finished, str(folder), "no valid checkpoint")
+    step = folder / "checkpoints" / "step_0000002"
+    assert_refused(command.sample(step, code=None).finished, expected)
 
 
-def test_sampling_refuses_what_it_cannot_draw(finished_run, tmp_path):
-    def sample(*arguments):
-        return run(["python", "tools/sample.py", *arguments])
+# Sampling
 
-    output = ["--output", str(tmp_path / "drawn")]
-    assert_refused(sample(str(tmp_path / "nowhere"), *output), "nowhere", "output_dir")
-    assert_refused(sample(str(finished_run), *output, "--classes", "12"), "classes", "0 to 9")
-    assert not (tmp_path / "drawn").exists()
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        pytest.param(["--classes", "12"], ["classes", "12", "0 to 9"], id="class"),
+        pytest.param(["--classes", "a"], ["classes", "'a'", "0,1,2"], id="no-number"),
+        pytest.param(["--classes", "1", "--prompts", "one"], ["classes", "prompts", "one of them"], id="both"),
+        pytest.param(["--num_images", "0"], ["num_images", "1 or more"], id="no-images"),
+        pytest.param(["--batch_size", "0"], ["batch_size", "1 or more"], id="batch"),
+        pytest.param(["--seed", "-1"], ["seed", "-1", "0 to 2^32 - 1"], id="seed"),
+        pytest.param(["--num_steps", "0"], ["num_steps", "1 or more"], id="steps"),
+    ],
+)
+def test_sampling_refuses_what_it_cannot_draw(command, short_run, arguments, words):
+    drawn = command.sample(short_run.output_dir, *arguments, code=None)
+    assert_refused(drawn.finished, *words)
+    assert not drawn.output_dir.exists()
+
+
+def test_sampling_refuses_a_folder_that_is_no_checkpoint(command, tmp_path):
+    for folder in (tmp_path / "nowhere", tmp_path):
+        drawn = command.sample(folder, code=None)
+        assert_refused(drawn.finished, str(folder), "a training output_dir")
+        assert not drawn.output_dir.exists()
+
+
+def test_sampling_does_not_overwrite_samples(command, short_run):
+    drawn = command.sample(short_run.output_dir, "--classes", "1")
+    before = contents(drawn.output_dir)
+    assert_refused(
+        command.sample(short_run.output_dir, output=drawn.output_dir, code=None).finished, "output", "another folder"
+    )
+    assert contents(drawn.output_dir) == before

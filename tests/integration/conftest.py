@@ -1,0 +1,131 @@
+"""Runs shared by the integration tests: each is started once a session, when the first test asks for it."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.integration.launching import ROOT, Finished, Ranks, environment, train
+
+REDUCED = {
+    "global_batch_size": 32,
+    "max_steps": 8,
+    "vlm.tiny.hidden_size": 32,
+    "vlm.tiny.intermediate_size": 64,
+    "optimizer.warmup_steps": 4,
+    "logging.every": 1,
+    "checkpoint.every": 4,
+    "sample.every": 4,
+    "sample.num_images": 20,
+    "sample.num_steps": 8,
+}
+"""The digits preset, narrow and short: 8 layers in 4 groups of 2."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command line that has ended: the folder it wrote to, how it ended, and what the hooks saw."""
+
+    output_dir: Path
+    finished: Finished
+    hook_dir: Path
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder of a step's checkpoint."""
+        return self.output_dir / "checkpoints" / f"step_{step:07d}"
+
+
+class CommandLines:
+    """Runs the project's command lines, each with a folder of its own for what it leaves behind."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._ranks, self._numbers = folder, Ranks(), itertools.count()
+
+    def _new_folder(self) -> Path:
+        folder = self._folder / f"{next(self._numbers):03d}"
+        folder.mkdir()
+        return folder
+
+    def train(
+        self,
+        *,
+        ranks: int = 1,
+        zero: str = "zero2",
+        output_dir: Path | None = None,
+        launcher: bool = False,
+        kill_when: Callable[[], bool] | None = None,
+        hooks: tuple[str, ...] = (),
+        variables: dict[str, str] | None = None,
+        code: int | None = 0,
+        **fields,
+    ) -> Run:
+        """Train the digits preset at the size of REDUCED.
+
+        Args:
+            ranks: number of processes.
+            zero: name of a file of ds_configs/.
+            output_dir: None for a new one.
+            launcher: whether the real deepspeed launcher starts it; hooks need it off, ``kill_when`` (launching.run) on.
+            kill_when: see launching.run.
+            hooks: of tests/integration/hooks.py.
+            variables: environment variables, for the hooks.
+            code: the expected exit code; None for any.
+            fields: of the configuration, with two underscores in place of a dot.
+        """
+        folder = self._new_folder()
+        output_dir = output_dir or folder / "run"
+        values = REDUCED | {name.replace("__", "."): value for name, value in fields.items()}
+        arguments = [text for name, value in values.items() for text in (f"--{name}", str(value))]
+        if launcher:
+            finished = train(output_dir, *arguments, ranks=ranks, zero=zero, kill_when=kill_when)
+        else:
+            command = ["--deepspeed", f"ds_configs/{zero}.json", "--output_dir", str(output_dir), *arguments]
+            variables = {"HOOK_DIR": str(folder)} | (variables or {})
+            finished = self._ranks.run(
+                "training/main.py", command, folder / "log", ranks=ranks, hooks=hooks, variables=variables
+            )
+        assert code in (None, finished.code), finished.output
+        return Run(output_dir, finished, folder)
+
+    def main(self, *arguments: str, ranks: int = 1) -> Finished:
+        """Run training/main.py with a command line."""
+        return self._ranks.run("training/main.py", arguments, self._new_folder() / "log", ranks=ranks)
+
+    def sample(self, checkpoint: Path, *arguments: str, output: Path | None = None, code: int | None = 0) -> Run:
+        """Run tools/sample.py with few steps."""
+        folder = self._new_folder()
+        output = output or folder / "drawn"
+        command = [str(checkpoint), "--output", str(output), "--num_steps", "4", *arguments]
+        finished = self._ranks.run("tools/sample.py", command, folder / "log")
+        assert code in (None, finished.code), finished.output
+        return Run(output, finished, folder)
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory) -> CommandLines:
+    """The project's command lines."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        patch.chdir(ROOT)
+        yield CommandLines(tmp_path_factory.mktemp("integration"))
+
+
+@pytest.fixture(scope="session")
+def one_rank(command) -> Run:
+    """Eight steps on one rank, watched."""
+    return command.train(hooks=("record_batches", "watch_vlm"))
+
+
+@pytest.fixture(scope="session")
+def two_ranks(command) -> Run:
+    """The same eight steps on two ranks, watched."""
+    return command.train(ranks=2, hooks=("record_batches",))
+
+
+@pytest.fixture(scope="session")
+def launched(command) -> Run:
+    """The same eight steps on two ranks, started by the real launcher."""
+    return command.train(ranks=2, launcher=True)

@@ -1,0 +1,70 @@
+"""What tests put into a training process before it starts, to see what it does or to end it; the product's code is unchanged.
+
+Each hook runs in every rank. HOOK_DIR is where it leaves what it has seen.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from model.pipeline import VLM_FOLDER
+from training import trainer
+from training.trainer import Trainer
+
+
+def record_batches() -> None:
+    """Save every micro-batch that is trained, its step and its losses, as rank_R.pt: a list of dicts."""
+    compute_losses, seen = Trainer.compute_losses, []
+
+    def recording(self, batch):
+        losses = compute_losses(self, batch)
+        fields = {name: value for name, value in vars(batch).items() if value is not None}
+        seen.append({"step": self.step + 1, "losses": losses.detach(), **fields})
+        torch.save(seen, Path(os.environ["HOOK_DIR"]) / f"rank_{self.rank}.pt")
+        return losses
+
+    Trainer.compute_losses = recording
+
+
+def watch_vlm() -> None:
+    """Save the weights of the VLM that the run reads, before and after training, as vlm_before.pt and vlm_after.pt."""
+    build_components, train, kept = trainer.build_components, Trainer.train, {}
+
+    def save(name):
+        torch.save(kept["vlm"].state_dict(), Path(os.environ["HOOK_DIR"]) / name)
+
+    def building(*args, **kwargs):
+        components = build_components(*args, **kwargs)
+        kept["vlm"] = components[0]
+        save("vlm_before.pt")
+        return components
+
+    def training(self):
+        train(self)
+        save("vlm_after.pt")
+
+    trainer.build_components, Trainer.train = building, training
+
+
+def die_after_step() -> None:
+    """End every rank at once, as a power failure would, when the step DIE_AFTER_STEP is trained and before it is logged."""
+    train_step = Trainer.train_step
+
+    def dying(self, *args, **kwargs):
+        norms = train_step(self, *args, **kwargs)
+        if self.step >= int(os.environ["DIE_AFTER_STEP"]):
+            os._exit(9)
+        return norms
+
+    Trainer.train_step = dying
+
+
+def die_while_starting() -> None:
+    """End every rank at once when the first files of the output_dir are written and the model folder is not complete."""
+
+    def dying(self, folder):
+        (folder / VLM_FOLDER).mkdir(parents=True)
+        os._exit(9)
+
+    trainer.LatteFlowPipeline.save_components = dying

@@ -1,0 +1,115 @@
+"""A run that was stopped, in any way, is continued by the same command as if it had never stopped: bit for bit."""
+
+import json
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.integration.launching import column, metrics
+from tests.integration.test_training import STEPS, assert_weights_equal, recorded
+from training.checkpoint import list_checkpoints
+
+REPRODUCIBLE = ("step", "loss", "loss_group_0", "loss_group_3", "grad_norm", "grad_norm_group_1", "lr", "samples")
+
+
+def assert_same_metrics(run, reference) -> None:
+    """Every logged step is there exactly once, with the same bits."""
+    for name in REPRODUCIBLE:
+        assert column(run.output_dir, name) == column(reference.output_dir, name), name
+    timestep_bins = [{k: v for k, v in e.items() if k.startswith("loss_tau")} for e in metrics(reference.output_dir)]
+    assert timestep_bins == [{k: v for k, v in e.items() if k.startswith("loss_tau")} for e in metrics(run.output_dir)]
+
+
+@pytest.fixture(scope="module")
+def logged_every_third(command):
+    """The uninterrupted run on two ranks, logged every three steps: the mean of steps 4 to 6 spans a stop at step 4."""
+    return command.train(ranks=2, logging__every=3)
+
+
+def test_a_run_that_died_between_two_logged_steps_continues_with_the_same_bits(command, logged_every_third):
+    died = command.train(
+        ranks=2, logging__every=3, hooks=("die_after_step",), variables={"DIE_AFTER_STEP": "5"}, code=9
+    )
+    assert column(died.output_dir, "step") == [3]
+    resumed = command.train(ranks=2, logging__every=3, output_dir=died.output_dir)
+    assert "resumed from" in resumed.finished.output
+    assert column(resumed.output_dir, "step") == [3, 6, 8]
+    assert_same_metrics(resumed, logged_every_third)
+    assert_weights_equal(resumed, logged_every_third, STEPS)
+
+
+def test_a_launch_killed_at_any_moment_continues_with_the_same_bits(command, logged_every_third, tmp_path):
+    """The launcher and its ranks are killed once the checkpoint of step 4 is there: in a step, a log, a grid or a save."""
+    output_dir = tmp_path / "run"
+    manifest = output_dir / "checkpoints" / "step_0000004" / "manifest.json"
+    killed = command.train(
+        ranks=2, logging__every=3, output_dir=output_dir, launcher=True, kill_when=manifest.exists, code=None
+    )
+    assert killed.finished.code == -9, killed.finished.output
+    resumed = command.train(ranks=2, logging__every=3, output_dir=output_dir)
+    assert f"resumed from {manifest.parent}" in resumed.finished.output
+    assert_same_metrics(resumed, logged_every_third)
+    assert_weights_equal(resumed, logged_every_third, STEPS)
+    assert not list((output_dir / "checkpoints").glob("*.partial"))
+
+
+def test_steps_beyond_the_last_checkpoint_are_trained_again_and_reported_once(command, one_rank):
+    died = command.train(hooks=("die_after_step", "record_batches"), variables={"DIE_AFTER_STEP": "7"}, code=9)
+    assert column(died.output_dir, "step") == [1, 2, 3, 4, 5, 6]
+    resumed = command.train(output_dir=died.output_dir, hooks=("record_batches",))
+    assert column(resumed.output_dir, "step") == list(range(1, STEPS + 1))
+    assert_same_metrics(resumed, one_rank)
+    assert_weights_equal(resumed, one_rank, STEPS)
+    # The samples after the stop, too, are those of the uninterrupted run, with the same losses to the last bit.
+    whole, again = recorded(one_rank), recorded(resumed)
+    assert sorted(again) == sorted(key for key in whole if key[0] > 4)
+    for key, row in again.items():
+        assert all(torch.equal(row[name], whole[key][name]) for name in row), key
+    events = EventAccumulator(str(resumed.output_dir / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
+
+
+def test_more_steps_than_before_continue_as_one_longer_run(command, one_rank):
+    shorter = command.train(max_steps=4, sample__every=0)
+    longer = command.train(max_steps=STEPS, sample__every=0, output_dir=shorter.output_dir)
+    assert_same_metrics(longer, one_rank)
+    assert_weights_equal(longer, one_rank, STEPS)
+
+
+def test_a_run_that_is_done_stays_as_it_is(command, one_rank):
+    before = {path: path.read_bytes() for path in list_checkpoints(one_rank.output_dir / "checkpoints")[-1].iterdir()}
+    logged = metrics(one_rank.output_dir)
+    again = command.train(output_dir=one_rank.output_dir)
+    assert "already trained to step 8" in again.finished.output
+    assert metrics(one_rank.output_dir) == logged
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_damaged_newest_checkpoint_is_skipped_and_its_steps_are_trained_again(command, one_rank):
+    run = command.train(sample__every=0)
+    shard = next(run.checkpoint(STEPS).glob("*_optim_states.pt"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    again = command.train(sample__every=0, output_dir=run.output_dir)
+    assert f"{shard.name} has another SHA-256" in again.finished.output
+    assert f"resumed from {run.checkpoint(4)}" in again.finished.output
+    assert_same_metrics(again, one_rank)
+    assert_weights_equal(again, one_rank, STEPS)
+
+
+def test_a_run_that_died_while_it_was_starting_is_started_by_the_same_command(command, one_rank):
+    died = command.train(hooks=("die_while_starting",), code=9)
+    assert (died.output_dir / "model").exists()
+    started = command.train(output_dir=died.output_dir)
+    assert_same_metrics(started, one_rank)
+
+
+def test_the_interval_that_spans_a_stop_is_the_mean_of_its_steps(logged_every_third, two_ranks):
+    """The logged means are those of single steps, so the comparisons above compare what they should."""
+    single = column(two_ranks.output_dir, "loss")
+    expected = [sum(single[:3]) / 3, sum(single[3:6]) / 3, sum(single[6:]) / 2]
+    assert column(logged_every_third.output_dir, "loss") == pytest.approx(expected, rel=1e-12)
+    assert json.loads((logged_every_third.checkpoint(4) / "manifest.json").read_text())["world_size"] == 2
