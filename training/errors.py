@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -9,12 +10,23 @@ class UserError(ValueError):
     """A wrong configuration, a missing file, a checkpoint of another model. The message names the field or file and what fits."""
 
 
+FIRST_RANK_SECONDS = 30.0
+"""How long the other ranks of a launch leave an error to the first one."""
+
+
 def exit_code(program: Callable[[], None]) -> int:
-    """Run a program; return 0, or 2 after an error that the user can mend, said in one line by the first rank."""
+    """Run a program; return 0, or 2 after an error that the user can mend, said in one line.
+
+    Mostly every rank of a launch finds the same error, and the first one says it. The others wait, because a launcher ends all
+    ranks as soon as one has failed, and would end the first one before it has spoken; an error that the first rank does not find
+    is said by the rank that did.
+    """
     try:
         program()
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:  # every rank of a launch finds the same error
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", 0))
+        if rank != 0:
+            time.sleep(FIRST_RANK_SECONDS)
+        print(f"error: {error}" if rank == 0 else f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

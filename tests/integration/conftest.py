@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.launching import ROOT, Finished, Ranks, environment, train
+from tests.integration.launching import ROOT, Finished, Ranks, environment, start_ranks, train
 
 REDUCED = {
     "global_batch_size": 32,
@@ -41,12 +41,17 @@ class CommandLines:
     """Runs the project's command lines, each with a folder of its own for what it leaves behind."""
 
     def __init__(self, folder: Path):
-        self._folder, self._ranks, self._numbers = folder, Ranks(), itertools.count()
+        self._folder, self._numbers = folder, itertools.count()
 
     def _new_folder(self) -> Path:
         folder = self._folder / f"{next(self._numbers):03d}"
         folder.mkdir()
         return folder
+
+    def _training(self, output_dir: Path, fields: dict, zero: str = "zero2") -> list[str]:
+        values = {"deepspeed": f"ds_configs/{zero}.json", "output_dir": output_dir} | REDUCED
+        values |= {name.replace("__", "."): value for name, value in fields.items()}
+        return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
     def train(
         self,
@@ -76,41 +81,50 @@ class CommandLines:
         """
         folder = self._new_folder()
         output_dir = output_dir or folder / "run"
-        values = REDUCED | {name.replace("__", "."): value for name, value in fields.items()}
-        arguments = [text for name, value in values.items() for text in (f"--{name}", str(value))]
+        command = self._training(output_dir, fields, zero)
         if launcher:
-            finished = train(output_dir, *arguments, ranks=ranks, zero=zero, kill_when=kill_when)
+            finished = train(*command, ranks=ranks, kill_when=kill_when)
         else:
-            command = ["--deepspeed", f"ds_configs/{zero}.json", "--output_dir", str(output_dir), *arguments]
             variables = {"HOOK_DIR": str(folder)} | (variables or {})
-            finished = self._ranks.run(
+            started = start_ranks(
                 "training/main.py", command, folder / "log", ranks=ranks, hooks=hooks, variables=variables
             )
+            finished = started.wait()
         assert code in (None, finished.code), finished.output
         return Run(output_dir, finished, folder)
 
+    def start(self, output_dir: Path, **fields) -> Ranks:
+        """Start training the digits preset at the size of REDUCED on one rank; the fields are those of ``train``."""
+        return start_ranks("training/main.py", self._training(output_dir, fields), self._new_folder() / "log")
+
     def main(self, *arguments: str, ranks: int = 1) -> Finished:
         """Run training/main.py with a command line."""
-        return self._ranks.run("training/main.py", arguments, self._new_folder() / "log", ranks=ranks)
+        return start_ranks("training/main.py", arguments, self._new_folder() / "log", ranks=ranks).wait()
 
     def sample(self, checkpoint: Path, *arguments: str, output: Path | None = None, code: int | None = 0) -> Run:
         """Run tools/sample.py with few steps."""
         folder = self._new_folder()
         output = output or folder / "drawn"
         command = [str(checkpoint), "--output", str(output), "--num_steps", "4", *arguments]
-        finished = self._ranks.run("tools/sample.py", command, folder / "log")
+        finished = start_ranks("tools/sample.py", command, folder / "log").wait()
         assert code in (None, finished.code), finished.output
         return Run(output, finished, folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _environment():
+    """The environment and the working directory in which launching.SERVER starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        patch.chdir(ROOT)
+        yield
 
 
 @pytest.fixture(scope="session")
 def command(tmp_path_factory) -> CommandLines:
     """The project's command lines."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment().items():
-            patch.setenv(name, value)
-        patch.chdir(ROOT)
-        yield CommandLines(tmp_path_factory.mktemp("integration"))
+    return CommandLines(tmp_path_factory.mktemp("integration"))
 
 
 @pytest.fixture(scope="session")

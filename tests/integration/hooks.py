@@ -41,8 +41,9 @@ def watch_vlm() -> None:
         return components
 
     def training(self):
-        train(self)
+        finished = train(self)
         save("vlm_after.pt")
+        return finished
 
     trainer.build_components, Trainer.train = building, training
 

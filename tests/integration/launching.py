@@ -1,6 +1,6 @@
 """Start the project's command lines as a user does, and wait for them.
 
-``train`` goes through the real ``deepspeed`` launcher; a start costs 10 to 15 seconds, nearly all of it imports. ``Ranks.run``
+``train`` goes through the real ``deepspeed`` launcher; a start costs 10 to 15 seconds, nearly all of it imports. ``start_ranks``
 runs the same script, from the first line of its ``__main__`` to its exit code, in processes forked from one server that has
 imported everything already. test_training.py checks that both train the same numbers, bit for bit.
 
@@ -16,13 +16,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 
+from tqdm import tqdm
+
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 1500.0
+TIMEOUT = 600.0
 """Seconds that any one command line may take: a shared machine, and a first start that compiles DeepSpeed's operator."""
 
 
@@ -59,21 +63,23 @@ def free_port() -> int:
 def run(
     command: list[str],
     *,
+    cwd: Path = ROOT,
     env: dict | None = None,
     timeout: float = TIMEOUT,
     kill_when: Callable[[], bool] | None = None,
 ) -> Finished:
-    """Run a program in the repository; past the timeout its whole process group is killed and the test fails.
+    """Run a program; past the timeout its whole process group is killed and the test fails.
 
     Args:
         command: the program and its arguments.
+        cwd: its working directory; default: the repository.
         env: its environment; None for ``environment()``.
         timeout: in seconds.
         kill_when: asked every few milliseconds; when it is true the whole process group is killed, as by a power failure.
     """
     process = subprocess.Popen(
         command,
-        cwd=ROOT,
+        cwd=cwd,
         env=env or environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -94,68 +100,76 @@ def run(
                 return Finished(process.returncode, output)
 
 
-def train(
-    output_dir: Path, *arguments: str, ranks: int = 1, threads: int = 1, zero: str = "zero2", **options
-) -> Finished:
-    """Train under the deepspeed launcher with a DeepSpeed configuration of ds_configs/; options are those of ``run``."""
-    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), "training/main.py"]
-    command += ["--deepspeed", f"ds_configs/{zero}.json", "--output_dir", str(output_dir), *arguments]
+def train(*arguments: str, ranks: int = 1, threads: int = 1, **options) -> Finished:
+    """Train under the deepspeed launcher; options are those of ``run``."""
+    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), "training/main.py", *arguments]
     return run(command, env=environment(threads), **options)
 
 
+SERVER = multiprocessing.get_context("forkserver")
+"""Starts processes that have imported the command lines already. Its server starts with the first of them, in the environment
+and the working directory of that moment (conftest.py)."""
+SERVER.set_forkserver_preload(["training.main", "tools.sample", "tools.encode_latents"])
+
+
+@dataclass
 class Ranks:
-    """Runs scripts of the repository in forked processes that have imported their modules already.
+    """A script of the repository that runs as ``__main__`` in forked processes, one a rank."""
 
-    The server of these processes starts with the first run, in the environment and the working directory of that moment.
-    """
+    processes: list
+    log: Path
 
-    def __init__(self):
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["training.main", "tools.sample"])
+    def wait(self, timeout: float = TIMEOUT) -> Finished:
+        """Wait for all ranks; the first that fails ends the others, as under a launcher, and its exit code is returned.
 
-    def run(
-        self,
-        script: str,
-        arguments: Sequence[str],
-        log: Path,
-        *,
-        ranks: int = 1,
-        hooks: Sequence[str] = (),
-        variables: Mapping[str, str] | None = None,
-        timeout: float = TIMEOUT,
-    ) -> Finished:
-        """Run a script as ``__main__`` in the repository's root, once a rank; past the timeout all ranks are killed.
-
-        Args:
-            script: path in the repository.
-            arguments: its command line.
-            log: file for what all ranks print.
-            ranks: number of processes; each gets the variables that the deepspeed launcher sets.
-            hooks: functions of tests/integration/hooks.py, called before the script to watch it.
-            variables: further environment variables.
-            timeout: in seconds.
-
-        Returns:
-            The first exit code that is not 0, if any.
+        Past the timeout all are killed and the test fails.
         """
-        log.write_text("")
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-        processes = []
-        for rank in range(ranks):
-            own = {**environment(), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **(variables or {})}
-            arguments_of_rank = (script, list(arguments), own, str(log), list(hooks))
-            processes.append(self._context.Process(target=_become, args=arguments_of_rank))
-        for process in processes:
-            process.start()
-        end = time.monotonic() + timeout
-        for process in processes:
-            process.join(max(0.0, end - time.monotonic()))
-        late = [process for process in processes if process.is_alive()]
-        for process in late:
+        end, code, running = time.monotonic() + timeout, 0, list(self.processes)
+        while running and time.monotonic() < end:
+            connection.wait([process.sentinel for process in running], end - time.monotonic())
+            failed = [process for process in running if process.exitcode]
+            running = [process for process in running if process.exitcode is None]
+            if failed and code == 0:
+                code = failed[0].exitcode
+                for process in running:
+                    process.terminate()
+        for process in running:
             process.kill()
             process.join()
-        assert not late, f"{script} did not end within {timeout} s; it printed:\n{log.read_text()[-4000:]}"
-        return Finished(next((p.exitcode for p in processes if p.exitcode), 0), log.read_text())
+        output = self.log.read_text()
+        assert not running, f"the program did not end within {timeout} s; it printed:\n{output[-4000:]}"
+        return Finished(code, output)
+
+
+def start_ranks(
+    script: str,
+    arguments: Sequence[str],
+    log: Path,
+    *,
+    ranks: int = 1,
+    hooks: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
+) -> Ranks:
+    """Start a script, without waiting for it.
+
+    Args:
+        script: path in the repository.
+        arguments: its command line.
+        log: file for what all ranks print.
+        ranks: number of processes; each gets the variables that the deepspeed launcher sets.
+        hooks: functions of tests/integration/hooks.py, called before the script to watch it.
+        variables: further environment variables.
+    """
+    log.write_text("")
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    processes = []
+    for rank in range(ranks):
+        own = {**environment(), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **(variables or {})}
+        arguments_of_rank = (script, list(arguments), own, str(log), list(hooks))
+        processes.append(SERVER.Process(target=_become, args=arguments_of_rank))
+    for process in processes:
+        process.start()
+    return Ranks(processes, log)
 
 
 def _become(script: str, arguments: list[str], variables: dict[str, str], log: str, hooks: list[str]) -> None:
@@ -166,9 +180,10 @@ def _become(script: str, arguments: list[str], variables: dict[str, str], log: s
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(ROOT)
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # what a process that nobody forked starts its own children with
+    # What a process that nobody forked starts its own children with.
+    multiprocessing.set_start_method("fork", force=True)
+    # tqdm's lock is a semaphore that forked processes share: one killed while holding it would stop all that follow.
+    tqdm.set_lock(threading.RLock())
     for hook in hooks:
         getattr(importlib.import_module("tests.integration.hooks"), hook)()
     sys.argv = [script, *arguments]

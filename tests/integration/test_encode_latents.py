@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import re
 import runpy
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -25,6 +23,8 @@ from tqdm import tqdm
 from model.autoencoder import load_codec
 from model.images import to_uint8
 from tests.emoji import EMOJI, needs_emoji, write_emoji
+from tests.integration import launching
+from tests.integration.launching import ROOT, SERVER, environment, free_port, metrics
 from tests.tiny_models import save_tiny_dc_ae
 from tools.encode_latents import encode_latents
 from training.config import DataConfig
@@ -32,10 +32,6 @@ from training.data import latent_writer
 from training.data.datasets import load_image_dataset
 from training.errors import UserError
 
-ROOT = Path(__file__).parents[2]
-# Children are forked from a server that has imported everything: real processes without seconds of imports.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.integration.test_encode_latents", "training.main"])
 IMAGES = 400
 RESOLUTION = 32
 
@@ -394,33 +390,24 @@ def test_the_documented_commands_run_at_tiny_size(dc_ae, tmp_path):
 # --- training --------------------------------------------------------------------------------------------------------------
 
 
-def _program(script: str, arguments: list[str], environment: dict[str, str]) -> None:
-    os.environ.update(environment)
+def _program(script: str, arguments: list[str], variables: dict[str, str]) -> None:
+    os.environ.update(variables)
     os.chdir(ROOT)
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 
 
-def run(command: str, *, cwd: Path, cache: Path, **environment: str) -> None:
+def run(command: str, *, cwd: Path, cache: Path, **variables: str) -> None:
     """Run a command line of the documentation, in the environment of the tests."""
     words = shlex.split(command)
     if words[0] == "python" and words[1].endswith(".py"):
-        process = start(_program, words[1], words[2:], environment)
+        process = start(_program, words[1], words[2:], variables)
         process.join(timeout=300)
         assert process.exitcode == 0, command
         return
     words[0] = {"python": sys.executable}.get(words[0], str(Path(sys.executable).with_name(words[0])))
-    settings = {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_DATASETS_CACHE": str(cache),
-        "DS_ACCELERATOR": "cpu",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    result = subprocess.run(
-        words, cwd=cwd, env=os.environ | settings | environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    finished = launching.run(words, cwd=cwd, env=environment() | {"HF_DATASETS_CACHE": str(cache)} | variables)
+    assert finished.code == 0, finished.output
 
 
 TINY = (
@@ -430,23 +417,21 @@ TINY = (
 )
 
 
-def free_port() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def train(output: Path, cache: Path, arguments: str) -> list[dict]:
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     run(f"python training/main.py --output_dir {output} {TINY} {arguments}", cwd=ROOT, cache=cache, **alone)
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return metrics(output)
 
 
-def losses(metrics: list[dict]) -> list[dict]:
-    assert len(metrics) == 3
-    return [{k: v for k, v in row.items() if k.startswith(("loss", "grad_norm"))} for row in metrics]
+def losses(logged: list[dict]) -> list[dict]:
+    assert len(logged) == 3
+    return [{k: v for k, v in row.items() if k.startswith(("loss", "grad_norm"))} for row in logged]
 
 
 def test_training_from_pixel_latents_is_training_from_images(digits, tmp_path):
