@@ -1,6 +1,7 @@
 """Errors that a user can mend: they end a program with one line instead of a traceback."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ def exit_code(program: Callable[[], None]) -> int:
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
         if rank != 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run's own handler would put off the end
             time.sleep(FIRST_RANK_SECONDS)
         print(f"error: {error}" if rank == 0 else f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
