@@ -10,7 +10,6 @@ image. transformers' own Qwen2-VL is run once per prompt; what each generation l
 Shapes: P prompts, B batch, S context tokens, D hidden, G kv heads, E head_dim.
 """
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -83,6 +82,28 @@ class Context:
             mask=torch.cat([pad(self.mask, 1), pad(other.mask, 1)]),
             position_ids=torch.cat([pad(self.position_ids, 2), pad(other.position_ids, 2)], dim=1),
         )
+
+    def empty(self, prompts: int) -> "Context":
+        """Return room for the context of some prompts as long as these: nothing but padding, its states not initialised."""
+
+        def room(state):
+            return tuple(map(room, state)) if isinstance(state, tuple) else state.new_empty(prompts, *state.shape[1:])
+
+        return Context(
+            states={layer: room(state) for layer, state in self.states.items()},
+            mask=self.mask.new_zeros(prompts, *self.mask.shape[1:]),
+            position_ids=self.position_ids.new_zeros(3, prompts, *self.position_ids.shape[2:]),
+        )
+
+    def write(self, rows: Tensor, other: "Context") -> None:
+        """Put the prompts of another context, as long as these, into some rows of this one, in place."""
+        for layer, state in self.states.items():
+            source = other.states[layer]
+            pairs = zip(state, source, strict=True) if isinstance(state, tuple) else ((state, source),)
+            for mine, theirs in pairs:
+                mine[rows] = theirs
+        self.mask[rows] = other.mask
+        self.position_ids[:, rows] = other.position_ids
 
     @property
     def num_bytes(self) -> int:
@@ -181,32 +202,6 @@ def _causal_masks(mask: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     )  # padding sees itself: no row without a key
     hidden = torch.zeros(visible.shape, dtype=dtype, device=mask.device).masked_fill(~visible, torch.finfo(dtype).min)
     return {"full_attention": hidden, "sliding_attention": hidden}
-
-
-@torch.no_grad()
-def build_context_cache(
-    vlm, tokenizer, prompts: Sequence[str], projection: str, *, dtype: torch.dtype | None = None, batch_size: int = 64
-) -> Context:
-    """Compute the context of a fixed set of prompts once, for a frozen VLM; training gathers rows of it by index.
-
-    Args:
-        vlm: the frozen VLM; the cache lives on its device.
-        tokenizer: the VLM's tokenizer.
-        prompts: P prompts; row i of the cache is prompt i.
-        projection: ``generation`` or ``vlm``.
-        dtype: the type to store the states in; None keeps the VLM's.
-        batch_size: prompts a forward pass.
-    """
-    inputs = tokenize_prompts(tokenizer, prompts)
-    device = vlm.device
-    chunks = [
-        encode_context(vlm, {k: v[i : i + batch_size].to(device) for k, v in inputs.items()}, projection).to(
-            dtype=dtype
-        )
-        for i in range(0, len(prompts), batch_size)
-    ]
-
-    return functools.reduce(Context.concatenate, chunks)
 
 
 def as_key_values(context: Context) -> dict[int, ContextKeyValues]:

@@ -5,17 +5,21 @@
 
 CHECKPOINT is a training output_dir, one step's folder of it, or an exported model folder. Writes DIR/000000.png, 000001.png, ...
 at the model's own resolution, DIR/samples.jsonl (file, class or prompt, and seed of each image) and DIR/grid.png, an overview.
-Image i depends on (--seed, i) alone, not on the batch size; images run through the classes or prompts evenly.
+Image i depends on (--seed, i) alone, not on the batch size; images run through the classes or prompts evenly. Started by
+torchrun or deepspeed, all ranks draw: each takes every n-th batch, and the result is the same.
 """
 
 import argparse
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from PIL import Image
 from tqdm import tqdm
 
 from model.images import grid_scale, make_grid, to_pil
@@ -61,15 +65,21 @@ def sample(
     if (folder / "samples.jsonl").exists():
         raise UserError(f"output: {folder} holds samples already; accepted: another folder")
 
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        dist.init_process_group("gloo", timeout=timedelta(hours=4))  # only lines of text are exchanged, at the end
+    if device is None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(Path(checkpoint), weights=weights, dtype=getattr(torch, dtype))
-    pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipeline.to(device)
     conditions = _conditions(classes, prompts, pipeline.config.class_names)
     total = num_images or len(conditions)
     folder.mkdir(parents=True, exist_ok=True)
-    shown, partial = [], folder / "samples.jsonl.partial"
-    with partial.open("w") as index, tqdm(total=total, unit="image", desc="sampling") as progress:
-        for first in range(0, total, batch_size):
-            batch = [conditions[i % len(conditions)] for i in range(first, min(first + batch_size, total))]
+    batches = [range(first, min(first + batch_size, total)) for first in range(0, total, batch_size)][rank::world_size]
+    lines = []
+    with tqdm(total=sum(map(len, batches)), unit="image", desc="sampling", disable=rank != 0) as progress:
+        for numbers in batches:
+            batch, first = [conditions[i % len(conditions)] for i in numbers], numbers[0]
             images = pipeline.generate(
                 batch, seed=seed, first_image=first, num_steps=num_steps, cfg_scale=cfg_scale, solver=solver
             )
@@ -78,13 +88,26 @@ def sample(
                 name = f"{first + i:06d}.png"
                 to_pil(image).save(folder / name)
                 key = "class" if isinstance(condition, int) else "prompt"
-                index.write(json.dumps({"file": name, key: condition, "seed": seeds[i]}) + "\n")
-            shown.extend(images[: max(GRID_IMAGES - len(shown), 0)])
+                lines.append({"file": name, key: condition, "seed": seeds[i]})
             progress.update(len(batch))
-    columns = 10 if len(conditions) % 10 == 0 else min(8, len(shown))
-    to_pil(make_grid(np.stack(shown), columns, scale=grid_scale(pipeline.config.resolution))).save(folder / "grid.png")
+    if world_size > 1:
+        parts = [None] * world_size if rank == 0 else None
+        dist.gather_object(lines, parts)
+        dist.destroy_process_group()
+        lines = [line for part in parts or () for line in part]
+    if rank == 0:
+        _finish(folder, sorted(lines, key=lambda line: line["file"]), len(conditions))
+
+
+def _finish(folder: Path, lines: list[dict], num_conditions: int) -> None:
+    """Write the overview and, last, samples.jsonl: with it the folder is complete."""
+    shown = [np.asarray(Image.open(folder / line["file"])) for line in lines[:GRID_IMAGES]]
+    columns = 10 if num_conditions % 10 == 0 else min(8, len(shown))
+    to_pil(make_grid(shown, columns, scale=grid_scale(len(shown[0])))).save(folder / "grid.png")
+    partial = folder / "samples.jsonl.partial"
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
     os.replace(partial, folder / "samples.jsonl")
-    print(f"{total} images in {folder}, overview in {folder / 'grid.png'}")
+    print(f"{len(lines)} images in {folder}, overview in {folder / 'grid.png'}")
 
 
 def _conditions(classes: str | None, prompts: list[str] | None, class_names: list[str] | None) -> list[str | int]:
@@ -124,8 +147,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", choices=WEIGHTS, default="ema", help="averaged or trained weights (default: ema)")
     parser.add_argument("--device", help="cpu or cuda; default: cuda when there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # the deepspeed launcher's; it is in the environment too
     return parser
 
 
+def main() -> None:
+    """Parse and draw this rank's share."""
+    arguments = vars(make_parser().parse_args())
+    del arguments["local_rank"]
+    sample(**arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: sample(**vars(make_parser().parse_args()))))
+    sys.exit(exit_code(main))

@@ -63,10 +63,15 @@ class VlmConfig:
     Args:
         path: folder or hub id of a Qwen2-VL checkpoint; null builds the tiny one.
         tiny: sizes of the tiny VLM.
+        context_cache: for a frozen VLM, of which prompts the context is kept on the device: all; lru, the most recently used;
+            none; auto, all when they fit into context_cache_gib, else lru. Losses are the same with each.
+        context_cache_gib: memory for it, a GPU.
     """
 
     path: str | None = None
     tiny: TinyVlmConfig = field(default_factory=TinyVlmConfig)
+    context_cache: Literal["auto", "all", "lru", "none"] = "auto"
+    context_cache_gib: float = 8.0
 
 
 @dataclass
@@ -238,6 +243,7 @@ class TrainingConfig:
             "sample.num_steps": self.sample.num_steps,
             "sample.num_images": self.sample.num_images,
             "codec.patch": self.codec.patch,
+            "vlm.context_cache_gib": self.vlm.context_cache_gib,
         }
         positive |= {f"vlm.tiny.{name}": value for name, value in vars(self.vlm.tiny).items() if name != "seed"}
         for name, value in positive.items():
@@ -473,6 +479,8 @@ RESUMABLE_CHANGES = (
     "logging",
     "sample",
     "model.attention_backend",
+    "vlm.context_cache",
+    "vlm.context_cache_gib",
 )
 
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from model.autoencoder import DCAECodec, LatentCodec, PixelCodec, apply_preset
 from model.configuration import LatteFlowConfig
 from model.context import Context, encode_context, tokenize_prompts
+from model.context_cache import context_capacity
 from model.flow_matching import flow_matching_loss
 from model.latte_flow import LatteFlowModel
 from training.components import tiny_vlm_parts
@@ -152,12 +153,19 @@ def count(
         "timesteps": torch.empty(rows, device=meta),
         "context_rows": torch.empty(rows, dtype=torch.long, device=meta),
     }
-    context_flops = 0.0
+    context_flops, each, capacity = 0.0, 0, 0
     context: Context | None = None
     if model_config.variant == "couple":
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             context = encode_context(vlm, inputs, model_config.context_projection)
-        context_flops = counter.get_total_flops()
+        context_flops, each = counter.get_total_flops(), context.num_bytes // prompts
+        capacity = context_capacity(
+            config.vlm.context_cache,
+            num_prompts=prompts,
+            bytes_per_prompt=each,
+            budget=config.vlm.context_cache_gib * GIB,
+            batch_prompts=micro,
+        )
     with FlopCounterMode(display=False) as counter, SavedBytes(model) as saved:
         velocity = model(**shapes, context=context, prompt_inputs=None if context else inputs)
         loss = flow_matching_loss(velocity, latents, latents).mean()
@@ -170,7 +178,8 @@ def count(
             codec.encode(image)
         result.flops["encoding the image"] = encoder.get_total_flops()
     if context is not None:
-        result.flops["context of all prompts, once a run"] = context_flops
+        when = "once a run" if capacity == prompts else "each time they are not in the cache"
+        result.flops[f"context of all prompts, {when}"] = context_flops
 
     stage = _zero_settings(config)
     shards = layout.world_size
@@ -181,7 +190,7 @@ def count(
         "optimizer (master weights, moments, average)": 0 if stage["offload"] else trained * OPTIMIZER_BYTES / shards,
         "communication buckets": (stage["reduce_bucket"] * (2 if stage["overlap"] else 1)) * width,
         "activations kept for the backward pass": activations,
-        "context cache": context.num_bytes if context is not None else 0,
+        "context cache": each * capacity,
     }
     if isinstance(codec, DCAECodec) and config.data.dataset != "latents":
         result.memory["autoencoder"] = sum(p.numel() for p in codec.parameters()) * width

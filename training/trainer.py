@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.autoencoder import LatentCodec
-from model.context import build_context_cache, tokenize_prompts
+from model.context import tokenize_prompts
+from model.context_cache import ContextSource, FixedContextCache, PromptEncoder, context_capacity, make_context_source
 from model.flow_matching import flow_matching_loss, interpolate
 from model.images import grid_scale, make_grid, to_pil, to_uint8
 from model.latte_flow import LatteFlowModel
@@ -84,13 +85,9 @@ class Trainer:
         self.messages = [*images.prompts, config.data.null_prompt]
         self.null_row = len(images.prompts)
         if model_config.variant == "couple":
-            self.context = build_context_cache(
-                vlm.to(self.device), self.tokenizer, self.messages, model_config.context_projection, dtype=self.dtype
-            )
-            self.prompt_inputs = None
-            vlm.cpu()  # all that training reads of it is in the cache
+            self.contexts, self.prompt_inputs = self._make_context_source(vlm, model_config.context_projection), None
         else:
-            self.context = None
+            self.contexts = None
             tokens = tokenize_prompts(self.tokenizer, self.messages)
             self.prompt_inputs = {name: t.to(self.device) for name, t in tokens.items()}
         if self.rank == 0:
@@ -116,6 +113,28 @@ class Trainer:
             save_config(self.config, self.output_dir / CONFIG_FILE)
         self.writer = MetricsWriter(self.output_dir, self.step) if self.rank == 0 else None
         self._say(self._describe(images))
+
+    def _make_context_source(self, vlm, projection: str) -> ContextSource:
+        """Return where a frozen VLM's context of the prompts is read from, and say which way that is."""
+        config = self.config
+        encoder = PromptEncoder(vlm.to(self.device), self.tokenizer, self.messages, projection, self.dtype)
+        try:
+            capacity = context_capacity(
+                config.vlm.context_cache,
+                num_prompts=encoder.num_prompts,
+                bytes_per_prompt=encoder.bytes_per_prompt(),
+                budget=config.vlm.context_cache_gib * 2**30,
+                batch_prompts=max(self.layout.micro_batch_size, self._samples_per_rank + 1),
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        size = f"{encoder.num_prompts} prompts of {encoder.bytes_per_prompt() / 2**20:.3g} MiB each"
+        kept = {0: "none", encoder.num_prompts: "all"}.get(capacity, f"the {capacity} most recently used")
+        self._say(f"context of the frozen VLM: {kept} of {size} kept on the device")
+        source = make_context_source(encoder, capacity)
+        if isinstance(source, FixedContextCache):
+            vlm.cpu()  # all that training reads of it is in the cache
+        return source
 
     def train(self) -> bool:
         """Train up to ``max_steps``, then leave a checkpoint and a sample grid of the last step.
@@ -197,11 +216,14 @@ class Trainer:
             latents = batch.latents if batch.latents is not None else self.codec.encode(batch.images)
             data = latents.float()[batch.image_rows]
         noisy = interpolate(data, batch.noise, batch.timesteps)
+        context, rows = None, batch.context_rows
+        if self.contexts is not None:
+            context, rows = self.contexts.lookup(rows)
         velocity = self.engine(
             noisy,
             batch.timesteps,
-            context=self.context,
-            context_rows=batch.context_rows,
+            context=context,
+            context_rows=rows.to(self.device),
             prompt_inputs=self.prompt_inputs,
         )
         return flow_matching_loss(velocity, data, batch.noise)
@@ -235,19 +257,22 @@ class Trainer:
     def _draw_samples(self) -> None:
         """Draw the fixed-seed grid from the averaged weights; each rank draws its share. Collective."""
         config, model_config = self.config.sample, self.model.config
-        share = -(-config.num_images // self.world_size)  # equal shares: every rank runs the same modules equally often
+        share = self._samples_per_rank
         first = self.rank * share
-        rows = torch.arange(first, first + share, device=self.device) % self.null_row
+        rows = torch.cat([torch.arange(first, first + share) % self.null_row, torch.tensor([self.null_row])])
         noise = initial_noise(
             image_seeds(config.seed, first, share), (model_config.latent_channels, *model_config.latent_size)
         )
         with ema_weights(self.engine), torch.no_grad():
-            context = self.context if self.context is not None else self.model.encode_context(self.prompt_inputs)
+            if self.contexts is not None:
+                context, rows = self.contexts.lookup(rows)
+            else:
+                context, rows = self.model.encode_context(self.prompt_inputs), rows.to(self.device)
             latents = sample_latents(
                 self.model,
                 noise,
-                context.gather(rows),
-                context.gather(torch.tensor([self.null_row], device=self.device)),
+                context.gather(rows[:-1]),
+                context.gather(rows[-1:]),
                 num_steps=config.num_steps,
                 cfg_scale=config.cfg_scale,
                 solver=config.solver,
@@ -264,6 +289,11 @@ class Trainer:
             to_pil(grid).save(path)
             self.writer.image(self.step, "samples", grid)
             self.writer.flush()
+
+    @property
+    def _samples_per_rank(self) -> int:
+        """How many images of a grid a rank draws: equal shares, so that every rank runs the same modules equally often."""
+        return -(-self.config.sample.num_images // self.world_size)
 
     def _save(self) -> None:
         self.checkpoints.save(self.engine, self.step, {"step": self.step, "meter": self.meter.state_dict()})

@@ -101,12 +101,14 @@ class CommandLines:
         """Run training/main.py with a command line."""
         return start_ranks("training/main.py", arguments, self._new_folder() / "log", ranks=ranks).wait()
 
-    def sample(self, checkpoint: Path, *arguments: str, output: Path | None = None, code: int | None = 0) -> Run:
+    def sample(
+        self, checkpoint: Path, *arguments: str, output: Path | None = None, ranks: int = 1, code: int | None = 0
+    ) -> Run:
         """Run tools/sample.py with few steps."""
         folder = self._new_folder()
         output = output or folder / "drawn"
         command = [str(checkpoint), "--output", str(output), "--num_steps", "4", *arguments]
-        finished = start_ranks("tools/sample.py", command, folder / "log").wait()
+        finished = start_ranks("tools/sample.py", command, folder / "log", ranks=ranks).wait()
         assert code in (None, finished.code), finished.output
         return Run(output, finished, folder)
 

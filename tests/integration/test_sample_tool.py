@@ -60,6 +60,14 @@ def test_the_batch_size_does_not_show(command, one_rank):
             assert np.abs(a.astype(int) - b).max() <= 1
 
 
+def test_ranks_share_the_batches_and_do_not_show(command, one_rank):
+    arguments = ["--num_images", "11", "--batch_size", "2"]
+    alone, together = (command.sample(one_rank.output_dir, *arguments, ranks=ranks) for ranks in (1, 3))
+    assert same(images(together), images(alone))
+    for name in ("samples.jsonl", "grid.png"):
+        assert (together.output_dir / name).read_bytes() == (alone.output_dir / name).read_bytes()
+
+
 def test_the_same_seed_gives_the_same_files_and_another_seed_others(command, one_rank, one_of_each):
     assert same(images(command.sample(one_rank.output_dir, "--seed", "0")), images(one_of_each))
     assert not same(images(command.sample(one_rank.output_dir, "--seed", "1")), images(one_of_each))

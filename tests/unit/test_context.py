@@ -7,7 +7,6 @@ from torch import Tensor
 from model.context import (
     Context,
     as_key_values,
-    build_context_cache,
     encode_context,
     select_prompts,
     tokenize_prompts,
@@ -223,31 +222,6 @@ class TestTokenizePrompts:
         bare.chat_template = None
         with pytest.raises(ValueError, match="no chat template"):
             tokenize_prompts(bare, TEXTS)
-
-
-@pytest.mark.parametrize("projection", PROJECTIONS)
-class TestCache:
-    @pytest.mark.parametrize("batch_size", [1, 2, 64])
-    def test_equals_each_prompt_on_its_own(self, tokenized_vlm, tokenizer, projection, batch_size):
-        cache = build_context_cache(tokenized_vlm, tokenizer, TEXTS, projection, batch_size=batch_size)
-        for row, text in enumerate(TEXTS):
-            alone = encode_context(tokenized_vlm, tokenize_prompts(tokenizer, [text]), projection)
-            assert_same_on_real_tokens(cache.gather(torch.tensor([row])), alone)
-
-    def test_is_stored_in_the_type_asked_for_without_gradients(self, tokenizer, tokenized_vlm, projection):
-        cache = build_context_cache(tokenized_vlm, tokenizer, TEXTS, projection, dtype=torch.bfloat16)
-        flat = [x for state in cache.states.values() for x in parts(state)]
-        assert {x.dtype for x in flat} == {torch.bfloat16}
-        assert not any(x.requires_grad for x in flat)
-
-    def test_distinct_prompts_have_distinct_contexts(self, tokenized_vlm, tokenizer, projection):
-        """The prompt must reach the layers: the last token's states of two prompts differ, of equal prompts they do not."""
-        cache = build_context_cache(tokenized_vlm, tokenizer, TEXTS, projection)
-        last = torch.stack([parts(cache.states[1])[0][row, n - 1] for row, n in enumerate(cache.mask.sum(1))]).flatten(
-            1
-        )
-        assert (last[0] - last[1]).abs().max() > 0.05
-        torch.testing.assert_close(last[0], last[4])
 
 
 def test_context_of_an_image_prompt_sees_the_picture(vlm):

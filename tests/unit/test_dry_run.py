@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 
 from model.configuration import LatteFlowConfig
-from model.context import build_context_cache
+from model.context_cache import FixedContextCache, PromptEncoder
 from model.latte_flow import LatteFlowModel
 from training.components import build_components
 from training.config import Assumptions, parse_command, parse_config
@@ -80,7 +80,7 @@ def test_activations_agree_with_the_memory_a_real_forward_takes(tmp_path):
     config = parse_config(["--global_batch_size", "1024"])
     predicted = dry_run(config, Assumptions(gpus=1)).memory["activations kept for the backward pass"]
     images, vlm, tokenizer, model = build(config, tmp_path)
-    context = build_context_cache(vlm, tokenizer, [*images.prompts, ""], "generation")
+    context = FixedContextCache(PromptEncoder(vlm, tokenizer, [*images.prompts, ""], "generation")).context
     batch = torch.randn(1024, 1, 8, 8), torch.rand(1024) * 1000
     rows = torch.zeros(1024, dtype=torch.long)
     model(batch[0][:8], batch[1][:8], context=context, context_rows=rows[:8])  # libraries take their own memory once

@@ -8,7 +8,7 @@ Shapes: b micro-batch, K groups, c image channels, R resolution, C latent channe
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -139,13 +139,14 @@ class Batch:
     noise: Tensor  # [rows, C, H, W]
     timesteps: Tensor  # [rows] float32
     groups: Tensor  # [rows] int64
-    context_rows: Tensor  # [rows] int64
+    context_rows: Tensor  # [rows] int64, always on the CPU: the cache of prompts is managed there
     sample_indices: Tensor  # [rows] int64, global
     latents: Tensor | None = None  # [b, C, H, W] bfloat16
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device."""
-        return self._map(lambda value: value.to(device, non_blocking=True))
+        """Return the batch on a device, all but ``context_rows``."""
+        moved = self._map(lambda value: value.to(device, non_blocking=True))
+        return replace(moved, context_rows=self.context_rows)
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory (called by torch's DataLoader)."""

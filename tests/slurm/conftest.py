@@ -1,0 +1,42 @@
+"""A SLURM cluster for all tests of this folder, and jobs on it that use this Python."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, missing
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """Two nodes; skips with the reason where SLURM cannot be had."""
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    with Cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.fixture
+def submit(cluster, tmp_path):
+    """Return a function that submits a launch script over two nodes: (script, arguments) -> job number.
+
+    The job's log is ``tmp_path/job.log``, the nodes' logs are below ``tmp_path/logs``.
+    """
+
+    def submit_script(script: str, *arguments: str, cwd: Path = ROOT, **environment: str) -> str:
+        output = cluster.run(
+            *("sbatch", "--parsable", "--nodes=2", f"--output={tmp_path / 'job.log'}", str(ROOT / "launch" / script)),
+            *arguments,
+            cwd=cwd,
+            LATTE_FLOW_PYTHON=sys.executable,
+            LATTE_FLOW_LOGS=str(tmp_path / "logs"),
+            OMP_NUM_THREADS="1",
+            **environment,
+        )
+        return output.split(";")[0]
+
+    return submit_script
