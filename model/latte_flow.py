@@ -232,6 +232,13 @@ class LatteFlowModel(PreTrainedModel):
                 gates[index] = torch.tanh(layer.residual_gate(image_io.embed_time(timesteps))).float()
         return gates
 
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Save as transformers does, each weight under its name here.
+
+        transformers would write Blend's VLM under the names of an older Qwen2-VL, which only its own loader maps back.
+        """
+        super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
+
     def freeze_unreached_parameters(self) -> None:
         """Turn off gradients of what the flow-matching loss cannot reach, so that weight decay does not erode it.
 

@@ -1,10 +1,10 @@
-"""LatteFlowPipeline: prompts to pictures with everything that takes, and the folder that holds it.
+"""LatteFlowPipeline: prompts to pictures, pictures and questions to answers, and the folder that holds all it takes.
 
 A model folder:
 
     config.json, model.safetensors   the LatteFlowModel
     pipeline.json                    prompt template, class names, codec, and where the VLM is
-    tokenizer/                       the VLM's tokenizer
+    tokenizer/                       the VLM's tokenizer and image processor
     vlm/                             the VLM, when it has no path of its own (the tiny one)
 
 A training output_dir keeps the same folder, without weights, as ``model/``.
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -28,7 +29,7 @@ from model.context import Context, encode_context, tokenize_prompts
 from model.images import to_uint8
 from model.latte_flow import LatteFlowModel
 from model.sampling import image_seeds, initial_noise, sample_latents
-from model.vlm import fingerprint, load_vlm
+from model.vlm import fingerprint, load_image_processor, load_vlm
 
 PIPELINE_FILE = "pipeline.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -70,14 +71,18 @@ class LatteFlowPipeline:
         tokenizer: the VLM's.
         codec: from latents to images.
         config: prompts and names.
+        image_processor: the VLM's, for questions about pictures; None where the VLM's folder holds none.
     """
 
-    def __init__(self, model: LatteFlowModel, vlm, tokenizer, codec: LatentCodec, config: PipelineConfig):
+    def __init__(
+        self, model: LatteFlowModel, vlm, tokenizer, codec: LatentCodec, config: PipelineConfig, image_processor=None
+    ):
         self.model = model.eval()
         self.vlm = vlm
         self.tokenizer = tokenizer
         self.codec = codec
         self.config = config
+        self.image_processor = image_processor
 
     @classmethod
     def from_pretrained(
@@ -115,7 +120,8 @@ class LatteFlowPipeline:
                 )
             vlm, _ = load_vlm(vlm_path, dtype=dtype or torch.float32, tokenizer_path=folder / TOKENIZER_FOLDER)
         codec = load_codec(**config.codec, dtype=dtype)
-        return cls(model.to(dtype or torch.float32), vlm, tokenizer, codec, config)
+        image_processor = load_image_processor(folder / TOKENIZER_FOLDER)
+        return cls(model.to(dtype or torch.float32), vlm, tokenizer, codec, config, image_processor)
 
     def save_components(self, folder: str | Path) -> None:
         """Write everything but the network's weights into a model folder; what is there already is replaced."""
@@ -123,6 +129,8 @@ class LatteFlowPipeline:
         folder.mkdir(parents=True, exist_ok=True)
         self.model.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(folder / TOKENIZER_FOLDER)
         if self.config.vlm_path is None and self.model.config.variant == "couple":
             self.vlm.save_pretrained(folder / VLM_FOLDER)
         (folder / PIPELINE_FILE).write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
@@ -203,6 +211,41 @@ class LatteFlowPipeline:
             progress=progress,
         )
         return to_uint8(self.codec.decode(latents))
+
+    @torch.inference_mode()
+    def ask(self, image: Image.Image | None, question: str, *, max_new_tokens: int = 128) -> str:
+        """Answer a question, about a picture or without one, with the VLM: transformers' own greedy generation.
+
+        Args:
+            image: a PIL image, or None.
+            question: the user's words.
+            max_new_tokens: the longest answer.
+
+        Raises:
+            ValueError: when a picture is given and the VLM came without an image processor.
+        """
+        content = [{"type": "text", "text": question}]
+        if image is not None:
+            content.insert(0, {"type": "image"})
+        chat = [{"role": "user", "content": content}]
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        inputs = {}
+        if image is not None:
+            if self.image_processor is None:
+                raise ValueError(
+                    "image: the VLM came without preprocessor_config.json; accepted: None, a question alone"
+                )
+            inputs = dict(self.image_processor(images=[image.convert("RGB")], return_tensors="pt"))
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.vlm.dtype)
+            # The template writes one placeholder a picture; each merged patch needs one.
+            patches = int(inputs["image_grid_thw"].prod()) // self.image_processor.merge_size**2
+            placeholder = self.tokenizer.convert_ids_to_tokens(self.vlm.config.image_token_id)
+            text = text.replace(placeholder, placeholder * patches, 1)
+        inputs |= self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.vlm.config.image_token_id).long()
+        inputs = {name: tensor.to(self.vlm.device) for name, tensor in inputs.items()}
+        output = self.vlm.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def load_weights(model: LatteFlowModel, weights: dict[str, Tensor]) -> None:

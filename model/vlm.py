@@ -9,7 +9,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast, Qwen2VLConfig
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLImageProcessorPil,
+)
 from transformers import Qwen2VLForConditionalGeneration as Qwen2VL
 
 SPECIAL_TOKENS = (
@@ -136,6 +143,25 @@ def load_vlm(path: str | Path, dtype: torch.dtype | None = None, tokenizer_path:
     if not hasattr(vlm.model, "language_model") or "qwen2" not in vlm.config.model_type:
         raise ValueError(f"vlm.path: {path} holds a {vlm.config.model_type}; accepted: Qwen2-VL")
     return vlm.eval(), tokenizer
+
+
+def load_image_processor(path: str | Path):
+    """Load what turns pictures into the VLM's input, from the VLM's folder or hub id; None for a folder that holds none."""
+    if Path(path).is_dir() and not (Path(path) / "preprocessor_config.json").is_file():
+        return None
+    return AutoImageProcessor.from_pretrained(path)
+
+
+def build_tiny_image_processor(config: Qwen2VLConfig) -> Qwen2VLImageProcessorPil:
+    """Return Qwen2-VL's image processor for a tiny VLM: pictures of up to 112 x 112 pixels, 16 tokens."""
+    vision = config.vision_config
+    return Qwen2VLImageProcessorPil(
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.spatial_merge_size,
+        min_pixels=(2 * vision.patch_size) ** 2,
+        max_pixels=(8 * vision.patch_size) ** 2,
+    )
 
 
 def fingerprint(folder: str | Path) -> str:

@@ -23,6 +23,7 @@ from model.images import grid_scale, make_grid, to_pil, to_uint8
 from model.latte_flow import LatteFlowModel
 from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from model.sampling import image_seeds, initial_noise, sample_latents
+from model.vlm import build_tiny_image_processor, load_image_processor
 from training.checkpoint import MODEL_FOLDER, CheckpointStore, step_name
 from training.components import build_components, parameter_groups
 from training.config import TrainingConfig, differences, load_config, save_config, to_yaml
@@ -336,7 +337,9 @@ class Trainer:
             (self.output_dir / DATA_FILE).write_text(self.data_description)
         # pipeline.json is written last: without it the folder is incomplete.
         if not (self.output_dir / MODEL_FOLDER / PIPELINE_FILE).exists():
-            pipeline = LatteFlowPipeline(model, vlm, self.tokenizer, self.codec, self.pipeline_config)
+            path = self.config.vlm.path
+            processor = load_image_processor(path) if path else build_tiny_image_processor(vlm.config)
+            pipeline = LatteFlowPipeline(model, vlm, self.tokenizer, self.codec, self.pipeline_config, processor)
             pipeline.save_components(self.output_dir / MODEL_FOLDER)
             model.train()
 

@@ -5,10 +5,15 @@ timesteps, with losses and gradient norms that agree to rounding; every variant 
 training/ema.py writes down; sample grids and the frozen VLM leave no trace in each other's or the model's weights.
 """
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from model.vlm import build_tiny_vlm
 from tests.integration.launching import column, metrics
@@ -174,6 +179,59 @@ def test_sample_grids_leave_no_trace_in_the_training(command, two_ranks):
 
 
 # The frozen VLM
+
+
+def test_the_context_is_the_same_however_much_of_it_is_kept(command):
+    """The last two keep fewer prompts than there are; the sample grids ask for prompts, too."""
+    fields = {"micro_batch_size": 4, "sample__num_images": 4, "global_batch_size": 8}
+    kept = command.train(vlm__context_cache="all", **fields)
+    some = {"vlm__context_cache": "lru", "vlm__context_cache_gib": 1.5e-4}
+    for limits, said in (({"vlm__context_cache": "none"}, "none of 11"), (some, "most recently used of 11")):
+        run = command.train(**fields, **limits)
+        assert said in run.finished.output
+        for name in ("loss", "grad_norm", "grad_norm_group_0", "loss_group_3"):
+            assert column(run.output_dir, name) == column(kept.output_dir, name)
+        assert_weights_equal(run, kept, STEPS)
+        grids = [(r.output_dir / "samples" / "step_0000008.png").read_bytes() for r in (run, kept)]
+        assert grids[0] == grids[1]
+
+
+@pytest.fixture(scope="module")
+def vlm_folder(one_rank, tmp_path_factory):
+    """A folder that transformers wrote: the VLM, its tokenizer and its image processor, as a download would be."""
+    folder, saved = tmp_path_factory.mktemp("vlm") / "Qwen2-VL-tiny", one_rank.output_dir / "model"
+    Qwen2VLForConditionalGeneration.from_pretrained(saved / "vlm").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(saved / "tokenizer").save_pretrained(folder)
+    AutoImageProcessor.from_pretrained(saved / "tokenizer").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("variant", ["couple", "blend"])
+def test_a_vlm_of_a_folder_trains_as_the_one_that_is_built(command, one_rank, vlm_folder, variant, tmp_path):
+    run = command.train(vlm__path=vlm_folder, model__variant=variant, output_dir=tmp_path / "run")
+    if variant == "couple":
+        assert column(run.output_dir, "loss") == column(one_rank.output_dir, "loss")
+    assert not (run.output_dir / "model" / "vlm").exists()  # it is referred to
+    pipeline = load_pipeline(run.output_dir)
+    assert Path(pipeline.config.vlm_path) == vlm_folder
+    answers = [
+        p.ask(Image.new("RGB", (56, 56), "red"), "zero or one?") for p in (pipeline, load_pipeline(one_rank.output_dir))
+    ]
+    assert (answers[0] == answers[1]) == (variant == "couple")  # Blend has trained it
+    assert len(list(command.sample(run.output_dir).output_dir.glob("0*.png"))) == 10
+
+
+def test_another_vlm_under_the_same_path_is_refused(command, vlm_folder, tmp_path):
+    folder = shutil.copytree(vlm_folder, tmp_path / "vlm")
+    run = command.train(vlm__path=folder, max_steps=2, sample__every=0, checkpoint__every=2)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    again = command.train(vlm__path=folder, max_steps=3, sample__every=0, output_dir=run.output_dir, code=None)
+    assert again.finished.code == 2
+    assert f"error: vlm.path: {folder} is not the VLM that {run.output_dir} was started with" in again.finished.output
+    drawn = command.sample(run.output_dir, code=None)
+    assert drawn.finished.code == 2
+    assert "is not the VLM that this model was trained with" in drawn.finished.output
 
 
 def test_the_frozen_vlm_has_the_same_bits_before_and_after_training(one_rank):
