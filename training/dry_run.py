@@ -32,6 +32,13 @@ GIB = 2**30
 OPTIMIZER_BYTES = 16
 """float32 master weight, two moments of AdamW and the average: bytes a parameter, sharded over the ranks."""
 
+BACKBONES = Path(__file__).parent / "configs" / "backbones"
+BUNDLED = {
+    "Qwen/Qwen2-VL-2B-Instruct": "qwen2_vl_2b",
+    "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers": "dc_ae_f32c32_in_1.0",
+}
+"""Hub id -> folder of ``BACKBONES`` that holds its config.json."""
+
 
 @dataclass
 class DryRun:
@@ -77,6 +84,11 @@ class SavedBytes:
         return sum(self.storages.values())
 
 
+def configuration_source(path: str) -> str:
+    """Return where the configuration of a checkpoint is read from: for the presets' own, a copy that needs no download."""
+    return str(BACKBONES / BUNDLED[path]) if path in BUNDLED and not Path(path).exists() else path
+
+
 def meta_vlm(path: str):
     """Build a VLM on the meta device from the config.json at a folder or hub id.
 
@@ -84,7 +96,7 @@ def meta_vlm(path: str):
         UserError: when there is none.
     """
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(configuration_source(path))
     except (OSError, ValueError) as error:
         raise UserError(f"vlm.path: cannot read the configuration at {path}: {error}") from error
     with torch.device("meta"):
@@ -99,7 +111,7 @@ def meta_codec(config: TrainingConfig, image_channels: int) -> LatentCodec:
     if path is None:
         raise UserError("codec.path: missing; kind dc-ae needs a folder or hub id of a diffusers AutoencoderDC")
     try:
-        settings = AutoencoderDC.load_config(path)
+        settings = AutoencoderDC.load_config(configuration_source(path))
     except OSError as error:
         raise UserError(f"codec.path: cannot read the configuration at {path}: {error}") from error
     with torch.device("meta"):

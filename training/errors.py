@@ -29,6 +29,7 @@ def exit_code(program: Callable[[], None]) -> int:
         if rank != 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run's own handler would put off the end
             time.sleep(FIRST_RANK_SECONDS)
-        print(f"error: {error}" if rank == 0 else f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        line = " ".join(str(error).splitlines())  # other libraries' messages, which some of ours quote, may have many
+        print(f"error: {line}" if rank == 0 else f"error: rank {rank}: {line}", file=sys.stderr, flush=True)
         return 2
     return 0
