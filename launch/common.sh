@@ -86,9 +86,17 @@ setup_environment() {
 
 # Without a GPU, DeepSpeed runs on the CPU; it compiles a small communication operator at its first start.
 setup_accelerator() {
-    if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
-        return
+    local gpus=
+    if [ "${DS_ACCELERATOR:-}" != cpu ] && command -v nvidia-smi >/dev/null; then
+        # Into a variable: a pipe to grep -q may end nvidia-smi by SIGPIPE, and pipefail would take that for "no GPU".
+        gpus=$(nvidia-smi -L 2>&1) || { say "nvidia-smi failed: $gpus"; gpus=; }
     fi
+    case $gpus in *GPU*) return ;; esac
+    # One node on the CPU among others on GPUs would stall them all.
+    if [ -n "${SLURM_GPUS_ON_NODE:-}" ] && [ "${DS_ACCELERATOR:-}" != cpu ]; then
+        fail "$(hostname): the job has $SLURM_GPUS_ON_NODE GPUs here and nvidia-smi shows none; mend the node, or set DS_ACCELERATOR=cpu"
+    fi
+    [ "${DS_ACCELERATOR:-}" = cpu ] || say "no GPU found: using the CPU"
     export DS_ACCELERATOR=cpu
     command -v g++ >/dev/null || fail "g++ not found; DeepSpeed on the CPU compiles an operator (Debian: apt-get install g++)"
 }

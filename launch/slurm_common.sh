@@ -30,7 +30,8 @@ export_settings() {
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
     # InfiniBand retries up to about 17 s instead of 1 s, so that a link that comes back does not end a job of many nodes.
     export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
-    # A collective in which one rank failed ends the other ranks with an error; without it they wait to the job's time limit.
+    # A collective in which one rank failed ends the other ranks with an error after its timeout. Torch's default; said here
+    # because an older site profile may have switched it off.
     export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
     # Segments that grow: the sampler's shapes during training would otherwise leave memory too fragmented for the step.
     export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}

@@ -11,7 +11,8 @@ setup_accelerator
 if [ "${DS_ACCELERATOR:-}" = cpu ]; then
     ranks=${LATTE_FLOW_RANKS:-1}
 else
-    ranks=${LATTE_FLOW_RANKS:-$(nvidia-smi -L | grep -c GPU)}
+    # What torch sees, which CUDA_VISIBLE_DEVICES may make less than what nvidia-smi does.
+    ranks=${LATTE_FLOW_RANKS:-$(python -c 'import torch; print(torch.cuda.device_count())')}
 fi
 # Threads of all ranks together fill the node's cores (nproc counts those that the job has); torchrun's default is 1.
 cores=$(nproc)

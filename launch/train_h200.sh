@@ -6,7 +6,8 @@
 #   sbatch --nodes=4 launch/train_h200.sh training/configs/X.yaml          4 nodes of 8 GPUs
 #   sbatch --account=A --partition=P --time=12:00:00 launch/train_h200.sh  any sbatch option, before the script
 #   scancel --batch --signal=USR1 JOB                                      save a checkpoint and requeue now
-#   scancel JOB                                                            save a checkpoint and end
+#   touch OUTPUT_DIR/stop                                                  the same
+#   scancel JOB                                                            end; the step at hand is saved if KillWait (30 s) allows
 #
 # Without CONFIG it trains the digits preset, a minute's test of the cluster. Run it from the repository's root. The job's log is
 # slurm-JOB.out, the nodes' logs are in runs/slurm/JOB/. The same command again resumes a run. More: docs/slurm.md.

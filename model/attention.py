@@ -17,6 +17,7 @@ others. It is opaque to the layers.
 Shapes: B batch, H query heads, G key/value heads (G divides H), N image tokens, S context tokens, E head_dim.
 """
 
+import functools
 import importlib.util
 import logging
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ RESIDUAL_SPACES = ("logits", "probabilities")
 REFERENCE_MAX_TOKENS = 256
 """``auto`` materialises maps up to this many image tokens; above, N^2 memory outweighs what a fused kernel costs to feed."""
 FLASH_MAX_HEAD_DIM = 256
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
 """Largest head_dim of flash-attn 2; the concatenated heads of a residual layer are twice the model's."""
 
 
@@ -138,6 +140,11 @@ class AttentionSpec:
         return "flash" if torch.cuda.is_available() and self._refusal("flash") is None else "sdpa"
 
 
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
 def joint_attention(
     query: Tensor,
     key: Tensor,
@@ -167,6 +174,11 @@ def joint_attention(
     assert (previous is None) == (gate is None), "a residual map comes with its gate"
     assert spec.residual or previous is None, "a residual map was given to an attention that has none"
     backend = {"reference": _reference, "sdpa": _sdpa, "flash": _flash}[spec.backend]
+    if spec.backend == "flash" and not (query.is_cuda and query.dtype in FLASH_DTYPES):
+        _say_once(
+            f"attention_backend flash takes {FLASH_DTYPES} on CUDA; {query.dtype} on {query.device.type} goes through sdpa"
+        )
+        backend = _sdpa
     output, residual = backend(query, key, value, spec, context, previous, gate, causal)
     return output, residual if spec.residual else None
 
@@ -229,6 +241,9 @@ def _sdpa(query, key, value, spec, context, previous, gate, causal):
         wide_key, value = torch.cat([context_key, wide_key], dim=2), torch.cat([context.value, value], dim=2)
         image_mask = torch.ones(n, n, dtype=torch.bool, device=query.device) if mask is None else mask
         mask = torch.cat([repeat(context.mask, "b s -> b 1 n s", n=n), image_mask.expand(len(query), 1, n, n)], dim=-1)
+    if mask is not None and query.is_cuda:
+        # CUDA's fused kernels take either a mask or grouped heads; with both, torch would materialise the maps in float32.
+        wide_key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (wide_key, value))
     output = F.scaled_dot_product_attention(
         wide_query, wide_key, value, attn_mask=mask, scale=spec.head_dim**-0.5, enable_gqa=True
     )

@@ -2,7 +2,7 @@
 
 Three ways, one interface: ``lookup`` of a batch's prompt rows gives a context and where in it each row is.
 
-* ``FixedContextCache``: all prompts, computed once. For class prompts: 1001 prompts of Qwen2-VL-2B take 1.4 GB.
+* ``FixedContextCache``: all prompts, computed once. For class prompts: 1001 prompts of 16 tokens take 1.4 GB at 2B.
 * ``LRUContextCache``: the most recently used prompts, in buffers of fixed size. For captions, which are too many to keep.
 * ``UncachedContext``: nothing is kept.
 

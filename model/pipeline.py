@@ -107,7 +107,9 @@ class LatteFlowPipeline:
             if not (folder / WEIGHTS_FILE).is_file():
                 raise FileNotFoundError(f"{folder / WEIGHTS_FILE} not found; accepted: an exported model folder")
             weights = load_file(folder / WEIGHTS_FILE)
-        model = LatteFlowModel(LatteFlowConfig.from_pretrained(folder))
+        # How attention is computed is this machine's matter, not that of the one that trained.
+        settings = LatteFlowConfig.get_config_dict(folder)[0] | {"attention_backend": "auto"}
+        model = LatteFlowModel(LatteFlowConfig.from_dict(settings))
         load_weights(model, weights)
         tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER_FOLDER)
         if model.config.variant == "blend":

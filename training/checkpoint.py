@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 MODEL_FOLDER = "model"
 """Where an output_dir keeps the model folder without weights (model/pipeline.py), beside ``checkpoints``."""
 MANIFEST = "manifest.json"
+OPTIMIZER_SUFFIX = "_optim_states.pt"
 LATEST = "latest"
 PARTIAL_SUFFIX = ".partial"
 WEIGHTS = ("ema", "model")
@@ -75,10 +76,21 @@ class CheckpointStore:
         dist.barrier()
         engine.save_checkpoint(str(self.folder), tag=partial.name, client_state=client_state, save_latest=False)
         dist.barrier()
-        files = sorted(path for path in partial.iterdir() if path.is_file())
+        # Listed by one rank: on a network file system others may see fewer files, and shares of different lists leave gaps.
+        files = [partial / name for name in self._agree(sorted(p.name for p in partial.iterdir() if p.is_file()))]
+        shards = sum(path.name.endswith(OPTIMIZER_SUFFIX) for path in files)
+        if shards != dist.get_world_size():
+            raise RuntimeError(
+                f"{partial}: {shards} files *{OPTIMIZER_SUFFIX} of {dist.get_world_size()} ranks; not committed"
+            )
         entries = _gather_dict({path.name: _describe(path) for path in _share(files)})
         if _is_first_rank():
-            manifest = {"step": step, "world_size": dist.get_world_size(), "files": dict(sorted(entries.items()))}
+            manifest = {
+                "step": step,
+                "world_size": dist.get_world_size(),
+                "zero_stage": engine.zero_optimization_stage(),
+                "files": dict(sorted(entries.items())),
+            }
             _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
             _sync(partial)
             shutil.rmtree(final, ignore_errors=True)  # a damaged one
@@ -96,7 +108,7 @@ class CheckpointStore:
         Raises:
             UserError: when there are checkpoints and every one is damaged: starting again from nothing would lose the run.
         """
-        candidates = list_checkpoints(self.folder)
+        candidates = self._agree(list_checkpoints(self.folder))
         for path in reversed(candidates):
             problems = _gather_dict(dict(_check_files(path, _share)))
             if not problems:
@@ -113,9 +125,15 @@ class CheckpointStore:
         """Load a checkpoint into the engine and return its client state.
 
         Raises:
-            UserError: when it was written by another number of ranks.
+            UserError: when it was written by another number of ranks, or with shards of another kind.
         """
-        world_size = read_manifest(path)["world_size"]
+        manifest = read_manifest(path)
+        world_size, stages = manifest["world_size"], (manifest.get("zero_stage"), engine.zero_optimization_stage())
+        if 3 in stages and None not in stages and stages[0] != stages[1]:
+            raise UserError(
+                f"deepspeed: {path} was written with ZeRO stage {stages[0]}, this run has stage {stages[1]}; accepted: "
+                f"a file of stage {'3' if stages[0] == 3 else '1 or 2'}"
+            )
         if world_size != dist.get_world_size():
             raise UserError(
                 f"{path}: written by {world_size} ranks, this run has {dist.get_world_size()}; resume with {world_size}"
@@ -131,8 +149,8 @@ class CheckpointStore:
                 shutil.rmtree(path)
 
     @staticmethod
-    def _agree(value: bool) -> bool:
-        """Return rank 0's view of a fact about the file system."""
+    def _agree(value):
+        """Return rank 0's view of the file system."""
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]

@@ -67,6 +67,10 @@ def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
         model_config = LatteFlowConfig(
             vlm_config=vlm.config, latent_channels=codec.latent_channels, latent_size=latent_size, **config.model
         )
+        if model_config.attention_spec().backend == "flash" and config.precision != "bf16":
+            raise UserError(
+                f"model.attention_backend: flash takes precision bf16, not {config.precision}; accepted: reference, sdpa"
+            )
     except UserError:
         raise
     except ValueError as error:  # the model's own checks name the field and what is accepted

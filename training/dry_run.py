@@ -197,14 +197,16 @@ def count(
     shards = layout.world_size
     held = sum(p.numel() for p in model.parameters())
     result.memory = {
-        "weights": held * width,
+        "weights": held * width / (shards if stage["stage"] == 3 else 1),
         "gradients": trained * width / (shards if stage["stage"] >= 2 else 1),
         "optimizer (master weights, moments, average)": 0 if stage["offload"] else trained * OPTIMIZER_BYTES / shards,
         "communication buckets": (stage["reduce_bucket"] * (2 if stage["overlap"] else 1)) * width,
         "activations kept for the backward pass": activations,
         "context cache": each * capacity,
     }
-    if isinstance(codec, DCAECodec) and config.data.dataset != "latents":
+    if model_config.variant == "couple" and capacity != prompts:
+        result.memory["frozen VLM"] = sum(p.numel() for p in vlm.parameters()) * width
+    if isinstance(codec, DCAECodec):  # with latents encoded ahead it still decodes the sample grids
         result.memory["autoencoder"] = sum(p.numel() for p in codec.parameters()) * width
 
     per_sample = result.flops["forward and backward"] + result.flops.get("encoding the image", 0.0)
@@ -280,4 +282,7 @@ def dry_run(config: TrainingConfig, assumed: Assumptions) -> DryRun:
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
     layout = make_batch_layout(config, num_groups=model_config.num_groups, world_size=assumed.gpus, rank=0)
     load_deepspeed_config(config, layout)
-    return count(config, vlm, model_config, codec, layout, assumed)
+    try:
+        return count(config, vlm, model_config, codec, layout, assumed)
+    except ValueError as error:
+        raise UserError(str(error)) from error

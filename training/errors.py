@@ -29,7 +29,9 @@ def exit_code(program: Callable[[], None]) -> int:
         if rank != 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run's own handler would put off the end
             time.sleep(FIRST_RANK_SECONDS)
-        line = " ".join(str(error).splitlines())  # other libraries' messages, which some of ours quote, may have many
+        # torch wraps an error of a data worker in its traceback.
+        text = str(error).rsplit(f"{UserError.__name__}: ", 1)[-1] if "Original Traceback" in str(error) else str(error)
+        line = " ".join(text.splitlines())  # other libraries' messages, which some of ours quote, may have many
         print(f"error: {line}" if rank == 0 else f"error: rank {rank}: {line}", file=sys.stderr, flush=True)
         return 2
     return 0

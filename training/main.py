@@ -31,11 +31,11 @@ def main() -> None:
     # Before anything asks for the current device: DeepSpeed itself sets it only when it builds the engine.
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     deepspeed.init_distributed()
-    try:
-        if not Trainer(command.config).train():
-            sys.exit(EXIT_STOPPED)
-    finally:
-        dist.destroy_process_group()
+    finished = Trainer(command.config).train()
+    # Only here: after an error on one rank NCCL would wait, before the traceback is out, for others that wait in a collective.
+    dist.destroy_process_group()
+    if not finished:
+        sys.exit(EXIT_STOPPED)
 
 
 if __name__ == "__main__":

@@ -224,7 +224,7 @@ class Trainer:
             noisy,
             batch.timesteps,
             context=context,
-            context_rows=rows.to(self.device),
+            context_rows=rows.to(self.device, non_blocking=True),
             prompt_inputs=self.prompt_inputs,
         )
         return flow_matching_loss(velocity, data, batch.noise)
@@ -268,7 +268,8 @@ class Trainer:
             if self.contexts is not None:
                 context, rows = self.contexts.lookup(rows)
             else:
-                context, rows = self.model.encode_context(self.prompt_inputs), rows.to(self.device)
+                distinct, rows = torch.unique(rows.to(self.device), return_inverse=True)
+                context = self.model.encode_context({n: tokens[distinct] for n, tokens in self.prompt_inputs.items()})
             latents = sample_latents(
                 self.model,
                 noise,

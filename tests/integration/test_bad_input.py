@@ -83,6 +83,16 @@ def test_values_that_do_not_fit(command, tmp_path, arguments, words):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_error_of_a_data_worker_is_one_line(command, tmp_path):
+    """Pictures are decoded in worker processes, whose errors torch wraps in tracebacks."""
+    broken = {"image": [{"bytes": b"no picture", "path": None}] * 40, "label": [0] * 40}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+    datasets.Dataset.from_dict(broken, features=features).to_parquet(tmp_path / "broken.parquet")
+    data = ["--data.dataset", "parquet", "--data.path", str(tmp_path / "broken.parquet"), "--data.num_workers", "1"]
+    run = command.main("--output_dir", str(tmp_path / "run"), "--max_steps", "2", *data)
+    assert_refused(run, "data.max_broken_fraction: 1 broken images", "broken.parquet", "accepted: at most 0 of 40")
+
+
 def test_a_file_that_is_no_yaml(command, tmp_path):
     preset = tmp_path / "preset.yaml"
     preset.write_text("max_steps: [3\n  lr")

@@ -279,6 +279,22 @@ def test_broken_images_are_listed_and_keep_their_rows(tmp_path):
             assert torch.equal(image["image"].bfloat16(), latent["latent"])
 
 
+def test_labels_may_be_renamed_without_encoding_again(tmp_path):
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["n01440764", "n01443537"])}
+    )
+    pictures = [np.full((8, 8, 3), 10 * i, dtype=np.uint8) for i in range(6)]
+    table = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1] * 3}, features)
+    table.to_parquet(tmp_path / "data.parquet")
+    encode_latents(**arguments(tmp_path / "data.parquet", tmp_path / "latents", "pixel", resolution=8))
+    (tmp_path / "names.txt").write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish\n")
+    config = {"horizontal_flip": False, "prompt_template": "a {}"}
+    assert load_image_dataset(latents_config(tmp_path / "latents", **config)).prompts == ["a n01440764", "a n01443537"]
+    named = load_image_dataset(latents_config(tmp_path / "latents", class_names=str(tmp_path / "names.txt"), **config))
+    assert named.prompts == ["a tench", "a goldfish"]
+    assert named.class_names == ["tench", "goldfish"]
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ timesteps, with losses and gradient norms that agree to rounding; every variant 
 training/ema.py writes down; sample grids and the frozen VLM leave no trace in each other's or the model's weights.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from model.vlm import build_tiny_vlm
-from tests.integration.launching import column, metrics
+from tests.integration.launching import ROOT, column, metrics
 from training.checkpoint import load_pipeline, read_weights
 from training.components import tiny_vlm_parts
 from training.config import load_config
@@ -108,6 +109,34 @@ def test_every_zero_stage_trains_the_same(command, two_ranks, zero, ranks):
         assert ours.keys() == theirs.keys()
         for name, tensor in theirs.items():
             torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("variant", ["couple", "blend"])
+def test_zero3_that_releases_every_parameter_trains_and_resumes_the_same(command, tmp_path, variant):
+    """At these sizes ds_configs/zero3.json keeps all weights gathered; threshold 0 gathers and releases each at every use."""
+    settings = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "zero3.json").write_text(json.dumps(settings))
+    fields = {"model__variant": variant, "ranks": 2}
+    reference = command.train(**fields)
+    half = command.train(deepspeed=tmp_path / "zero3.json", max_steps=4, **fields)
+    run = command.train(deepspeed=tmp_path / "zero3.json", output_dir=half.output_dir, **fields)
+    assert "resumed from" in run.finished.output
+    assert_losses_and_norms_agree(run, reference, rel=1e-4)
+    grids = [
+        np.asarray(Image.open(r.output_dir / "samples" / "step_0000008.png")).astype(int) for r in (run, reference)
+    ]
+    assert np.abs(grids[0] - grids[1]).max() <= 1
+
+
+def test_a_checkpoint_of_another_kind_of_shards_is_refused(command, two_ranks):
+    refused = command.train(ranks=2, zero="zero3", output_dir=two_ranks.output_dir, max_steps=9, code=None)
+    assert refused.finished.code == 2
+    assert (
+        "was written with ZeRO stage 2, this run has stage 3; accepted: a file of stage 1 or 2"
+        in refused.finished.output
+    )
+    assert "Traceback" not in refused.finished.output
 
 
 # Variants

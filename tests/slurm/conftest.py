@@ -33,6 +33,7 @@ def submit(cluster, tmp_path):
             *arguments,
             cwd=cwd,
             LATTE_FLOW_PYTHON=sys.executable,
+            DS_ACCELERATOR="cpu",  # the nodes claim GPUs, see cluster.py
             LATTE_FLOW_LOGS=str(tmp_path / "logs"),
             OMP_NUM_THREADS="1",
             **environment,

@@ -56,6 +56,19 @@ def test_memory_at_paper_size_follows_the_sharding_arithmetic(paper_run):
     assert paper_run.seconds / 3600 == pytest.approx(hours, rel=0.01)
 
 
+def test_zero3_shards_the_weights_and_a_partial_cache_needs_the_vlm_beside_it(paper_run):
+    stage3 = dry_run(parse_config([*PAPER, "--deepspeed=ds_configs/zero3.json"]), Assumptions(gpus=8, prompt_tokens=16))
+    assert stage3.memory["weights"] == paper_run.memory["weights"] / 8
+    assert stage3.memory["gradients"] == paper_run.memory["gradients"]
+    assert "frozen VLM" not in paper_run.memory
+    few = [*PAPER, "--vlm.context_cache=lru", "--vlm.context_cache_gib=0.5"]
+    lru = dry_run(parse_config(few), Assumptions(gpus=8, prompt_tokens=16))
+    assert lru.memory["frozen VLM"] == 2 * lru.parameters["VLM"]
+    assert 0.49 * 2**30 < lru.memory["context cache"] <= 0.5 * 2**30
+    with pytest.raises(UserError, match=r"vlm\.context_cache_gib: 0\.1 holds"):
+        dry_run(parse_config([*few, "--vlm.context_cache_gib=0.1"]), Assumptions(gpus=8, prompt_tokens=16))
+
+
 def build(config, tmp_path):
     images = load_image_dataset(config.data)
     vlm, tokenizer, _, model_config, _ = build_components(config, images, tmp_path / "none")

@@ -1,5 +1,7 @@
 """LatteFlowPipeline: questions are answered as transformers does it, and a folder holds all of it."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -59,6 +61,15 @@ def test_a_saved_pipeline_answers_and_draws_the_same(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     loaded = LatteFlowPipeline.from_pretrained(tmp_path)
     assert loaded.ask(picture("red"), QUESTION) == pipeline.ask(picture("red"), QUESTION)
+    drawn = [p.generate(["a red square"], num_steps=4, cfg_scale=2.0) for p in (pipeline, loaded)]
+    assert torch.equal(*map(torch.from_numpy, drawn))
+
+
+def test_a_model_trained_with_flash_loads_where_there_is_none(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attention_backend": "flash"}))
+    loaded = LatteFlowPipeline.from_pretrained(tmp_path)
     drawn = [p.generate(["a red square"], num_steps=4, cfg_scale=2.0) for p in (pipeline, loaded)]
     assert torch.equal(*map(torch.from_numpy, drawn))
 

@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 
 from model.autoencoder import LatentCodec
 from training.config import DataConfig
+from training.data.class_names import resolve_class_names
 from training.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -61,13 +62,15 @@ class LatentDataset(Dataset):
         fingerprint: of the manifest, which holds the hash of every shard.
     """
 
-    def __init__(self, folder: Path, manifest: dict, *, prompt_template: str, flips: bool):
+    def __init__(
+        self, folder: Path, manifest: dict, *, prompt_template: str, flips: bool, class_names: list[str] | None
+    ):
         import datasets
 
         self.name = str(folder)
         self.manifest = manifest
         self.image_channels = manifest["codec"]["image_channels"]
-        self.class_names = manifest["class_names"]
+        self.class_names = class_names
         self.fingerprint = hashlib.sha256((folder / MANIFEST_FILE).read_bytes()).hexdigest()
         table = datasets.load_from_disk(str(folder)).data.table
         self.shard_size = manifest["shard_size"]
@@ -148,7 +151,13 @@ def load_latent_dataset(config: DataConfig) -> LatentDataset:
     if int(os.environ.get("RANK", 0)) == 0:
         for warning in manifest["warnings"]:
             logger.warning("%s: %s", folder, warning)
-    return LatentDataset(folder, manifest, prompt_template=config.prompt_template, flips=manifest["flips"])
+    names = manifest["class_names"]
+    if names is not None:
+        names = resolve_class_names(config.class_names, names)
+    elif config.class_names is not None:
+        raise UserError(f"data.class_names: {folder} holds captions; accepted: null")
+    template, flips = config.prompt_template, manifest["flips"]
+    return LatentDataset(folder, manifest, prompt_template=template, flips=flips, class_names=names)
 
 
 def read_manifest(folder: Path) -> dict:
