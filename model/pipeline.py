@@ -29,7 +29,7 @@ from model.context import Context, encode_context, tokenize_prompts
 from model.images import to_uint8
 from model.latte_flow import LatteFlowModel
 from model.sampling import image_seeds, initial_noise, sample_latents
-from model.vlm import fingerprint, load_image_processor, load_vlm
+from model.vlm import checkpoint_folder, fingerprint, load_image_processor, load_vlm
 
 PIPELINE_FILE = "pipeline.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -49,7 +49,7 @@ class PipelineConfig:
         class_names: names of the classes, or None for free prompts.
         codec: arguments of model.autoencoder.load_codec.
         vlm_path: folder or hub id of the VLM; None when it lies in the model folder itself.
-        vlm_fingerprint: of the VLM's files when its path is a folder; see model.vlm.fingerprint.
+        vlm_fingerprint: of the VLM's files, None without a path; see model.vlm.fingerprint.
     """
 
     resolution: int
@@ -116,11 +116,11 @@ class LatteFlowPipeline:
             vlm = model.vlm
         else:
             vlm_path = config.vlm_path or folder / VLM_FOLDER
-            if config.vlm_fingerprint and Path(vlm_path).is_dir() and fingerprint(vlm_path) != config.vlm_fingerprint:
+            vlm, _ = load_vlm(vlm_path, dtype=dtype or torch.float32, tokenizer_path=folder / TOKENIZER_FOLDER)
+            if config.vlm_fingerprint and fingerprint(checkpoint_folder(vlm_path)) != config.vlm_fingerprint:
                 raise ValueError(
                     f"vlm_path: {vlm_path} is not the VLM that this model was trained with (fingerprint differs)"
                 )
-            vlm, _ = load_vlm(vlm_path, dtype=dtype or torch.float32, tokenizer_path=folder / TOKENIZER_FOLDER)
         codec = load_codec(**config.codec, dtype=dtype)
         image_processor = load_image_processor(folder / TOKENIZER_FOLDER)
         return cls(model.to(dtype or torch.float32), vlm, tokenizer, codec, config, image_processor)

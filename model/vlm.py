@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -18,6 +20,8 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 from transformers import Qwen2VLForConditionalGeneration as Qwen2VL
+
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -136,12 +140,13 @@ def load_vlm(path: str | Path, dtype: torch.dtype | None = None, tokenizer_path:
             f"vlm.path: {path} has no config.json; accepted: a folder written by save_pretrained, or a hub id"
         )
     try:
+        kind = AutoConfig.from_pretrained(path).model_type
+        if kind not in MODEL_TYPES:
+            raise ValueError(f"vlm.path: {path} holds a {kind}; accepted: {', '.join(MODEL_TYPES)}")
         vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype or "auto")
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or path)
     except OSError as error:
         raise ValueError(f"vlm.path: cannot load {path}: {error}") from error
-    if not hasattr(vlm.model, "language_model") or "qwen2" not in vlm.config.model_type:
-        raise ValueError(f"vlm.path: {path} holds a {vlm.config.model_type}; accepted: Qwen2-VL")
     return vlm.eval(), tokenizer
 
 
@@ -162,6 +167,11 @@ def build_tiny_image_processor(config: Qwen2VLConfig) -> Qwen2VLImageProcessorPi
         min_pixels=(2 * vision.patch_size) ** 2,
         max_pixels=(8 * vision.patch_size) ** 2,
     )
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """Return the folder of a loaded checkpoint: the path itself, or where the hub's files lie in the local cache."""
+    return Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path), local_files_only=True))
 
 
 def fingerprint(folder: str | Path) -> str:

@@ -9,7 +9,7 @@ from model.autoencoder import load_codec
 from model.configuration import LatteFlowConfig
 from model.latte_flow import LatteFlowModel
 from model.pipeline import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, PipelineConfig
-from model.vlm import build_tiny_tokenizer, build_tiny_vlm, fingerprint, load_vlm, tiny_vlm_config
+from model.vlm import build_tiny_tokenizer, build_tiny_vlm, checkpoint_folder, fingerprint, load_vlm, tiny_vlm_config
 from training.config import TrainingConfig
 from training.data.datasets import ImageDataset
 from training.data.latents import LatentDataset
@@ -76,7 +76,7 @@ def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
     except ValueError as error:  # the model's own checks name the field and what is accepted
         raise UserError(str(error)) from error
     is_folder = config.vlm.path is not None and Path(config.vlm.path).is_dir()
-    vlm_fingerprint = fingerprint(config.vlm.path) if is_folder else None
+    vlm_fingerprint = None if config.vlm.path is None else fingerprint(checkpoint_folder(config.vlm.path))
     if (saved / PIPELINE_FILE).is_file():
         trained_with = json.loads((saved / PIPELINE_FILE).read_text())["vlm_fingerprint"]
         if trained_with != vlm_fingerprint:

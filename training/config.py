@@ -61,7 +61,7 @@ class VlmConfig:
     """The vision-language model.
 
     Args:
-        path: folder or hub id of a Qwen2-VL checkpoint; null builds the tiny one.
+        path: folder or hub id of a Qwen2-VL or Qwen2.5-VL checkpoint; null builds the tiny one.
         tiny: sizes of the tiny VLM.
         context_cache: for a frozen VLM, of which prompts the context is kept on the device: all; lru, the most recently used;
             none; auto, all when they fit into context_cache_gib, else lru. Losses are the same with each.
