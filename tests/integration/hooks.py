@@ -3,6 +3,7 @@
 Each hook runs in every rank. HOOK_DIR is where it leaves what it has seen.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -69,3 +70,24 @@ def die_while_starting() -> None:
         os._exit(9)
 
     trainer.LatteFlowPipeline.save_components = dying
+
+
+def measure_memory() -> None:
+    """Save the bytes that a rank holds after each step, by item of the dry run's table, as memory_R.json."""
+    train_step = Trainer.train_step
+
+    def measuring(self, *args, **kwargs):
+        norms = train_step(self, *args, **kwargs)
+        optimizer = self.engine.optimizer
+        states = [t for state in optimizer.optimizer.state.values() for t in state.values() if t.numel() > 1]
+        held = {
+            "weights": sum(p.nbytes for p in self.model.parameters()),
+            "optimizer (master weights, moments, average)": sum(
+                t.nbytes for t in (*optimizer.single_partition_of_fp32_groups, *states)
+            ),
+            "context cache": self.contexts.context.num_bytes,
+        }
+        (Path(os.environ["HOOK_DIR"]) / f"memory_{self.rank}.json").write_text(json.dumps(held))
+        return norms
+
+    Trainer.train_step = measuring

@@ -10,7 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.integration.launching import column, metrics
 from tests.integration.test_training import STEPS
 from training.checkpoint import list_checkpoints, read_manifest
-from training.config import load_config
+from training.config import Assumptions, load_config
+from training.dry_run import dry_run
 
 GROUPS = range(4)
 TIMESTEP_BINS = [f"{i * 100:04d}_{(i + 1) * 100:04d}" for i in range(10)]
@@ -46,6 +47,18 @@ def test_the_saved_configuration_is_the_whole_run(launched):
     assert (config.max_steps, config.global_batch_size, config.vlm.tiny.hidden_size) == (STEPS, 32, 32)
     assert config.optimizer.lr == 2e-3  # of the preset
     assert config.model["residual_source"] == "raw"  # nobody set it
+
+
+@pytest.mark.parametrize(("ranks", "precision"), [(1, "fp32"), (2, "bf16")])
+def test_a_run_holds_the_bytes_that_its_dry_run_counts(command, ranks, precision):
+    """All that lasts from step to step; what autograd keeps is measured in tests/unit/test_dry_run.py."""
+    run = command.train(ranks=ranks, precision=precision, max_steps=2, sample__every=0, hooks=("measure_memory",))
+    counted = dry_run(load_config(run.output_dir / "config.yaml"), Assumptions(gpus=ranks)).memory
+    for rank in range(ranks):
+        held = json.loads((run.hook_dir / f"memory_{rank}.json").read_text())
+        assert held.keys() <= counted.keys()
+        # The shards are padded to equal size; ranks count together what is not sharded evenly.
+        assert held == pytest.approx({name: counted[name] for name in held}, rel=2e-3)
 
 
 def test_only_the_newest_checkpoints_are_kept(command):
