@@ -135,6 +135,20 @@ def tokenize_prompts(tokenizer, prompts: Sequence[str]) -> dict[str, Tensor]:
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
 
+def truncate_prompts(tokenizer, prompts: Sequence[str], max_tokens: int | None) -> list[str]:
+    """Return prompts of at most ``max_tokens`` tokens each; longer ones lose their end, None keeps all.
+
+    All prompts of a run are padded to the longest, so one caption of a thousand words would make every context as large.
+    """
+    if max_tokens is None or not prompts:
+        return list(prompts)
+    encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    return [
+        prompt if len(ids) <= max_tokens else tokenizer.decode(ids[:max_tokens]).rstrip("\ufffd")  # half a character
+        for prompt, ids in zip(prompts, encoded, strict=True)
+    ]
+
+
 def select_prompts(prompt_inputs: Mapping[str, Tensor], rows: Tensor) -> tuple[Mapping[str, Tensor], Tensor]:
     """Return the prompts to encode for a batch, and each sample's row among them.
 

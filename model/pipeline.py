@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from model.autoencoder import LatentCodec, load_codec
 from model.configuration import LatteFlowConfig
-from model.context import Context, encode_context, tokenize_prompts
+from model.context import Context, encode_context, tokenize_prompts, truncate_prompts
 from model.images import to_uint8
 from model.latte_flow import LatteFlowModel
 from model.sampling import image_seeds, initial_noise, sample_latents
@@ -46,6 +46,7 @@ class PipelineConfig:
         image_channels: c.
         prompt_template: the user message; {} stands for the class name or the caption.
         null_prompt: the user message of the null condition.
+        max_prompt_tokens: longer user messages lose their end; None keeps all.
         class_names: names of the classes, or None for free prompts.
         codec: arguments of model.autoencoder.load_codec.
         vlm_path: folder or hub id of the VLM; None when it lies in the model folder itself.
@@ -56,6 +57,7 @@ class PipelineConfig:
     image_channels: int
     prompt_template: str
     null_prompt: str
+    max_prompt_tokens: int | None = None
     class_names: list[str] | None = None
     codec: dict = field(default_factory=dict)
     vlm_path: str | None = None
@@ -169,7 +171,7 @@ class LatteFlowPipeline:
                     raise ValueError(f"classes: {prompt} is no class of this model; accepted: {accepted}")
                 prompt = names[prompt]
             result.append(self.config.prompt_template.format(prompt))
-        return result
+        return truncate_prompts(self.tokenizer, result, self.config.max_prompt_tokens)
 
     def generate(
         self,

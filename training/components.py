@@ -88,6 +88,7 @@ def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
         image_channels=images.image_channels,
         prompt_template=config.data.prompt_template,
         null_prompt=config.data.null_prompt,
+        max_prompt_tokens=config.data.max_prompt_tokens,
         class_names=images.class_names,
         codec=codec_arguments,
         vlm_path=str(Path(config.vlm.path).resolve()) if is_folder else config.vlm.path,

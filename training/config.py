@@ -110,6 +110,7 @@ class DataConfig:
         resolution: side of the square images in pixels; pictures of other sizes are scaled and cropped to the middle as ADM does.
         prompt_template: the user message; {} stands for the class name or the caption.
         null_prompt: the user message of the null condition of classifier-free guidance.
+        max_prompt_tokens: longer prompts lose their end; every context is as long as the longest prompt.
         condition_drop: fraction of samples whose prompt is replaced by the null prompt (paper: 0.1).
         horizontal_flip: whether half of the images are mirrored.
         num_workers: processes a rank that prepare batches; 0 prepares them in the training process.
@@ -124,6 +125,7 @@ class DataConfig:
     resolution: int = 256
     prompt_template: str = "Generate an image of {}."
     null_prompt: str = ""
+    max_prompt_tokens: int = 256
     condition_drop: float = 0.1
     horizontal_flip: bool = True
     num_workers: int = 4
@@ -239,6 +241,7 @@ class TrainingConfig:
             "logging.every": self.logging.every,
             "logging.timestep_bins": self.logging.timestep_bins,
             "data.resolution": self.data.resolution,
+            "data.max_prompt_tokens": self.data.max_prompt_tokens,
             "optimizer.lr": self.optimizer.lr,
             "sample.num_steps": self.sample.num_steps,
             "sample.num_images": self.sample.num_images,

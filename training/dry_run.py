@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from model.autoencoder import DCAECodec, LatentCodec, PixelCodec, apply_preset
 from model.configuration import LatteFlowConfig
-from model.context import Context, encode_context, tokenize_prompts
+from model.context import Context, encode_context, tokenize_prompts, truncate_prompts
 from model.context_cache import context_capacity
 from model.flow_matching import flow_matching_loss
 from model.latte_flow import LatteFlowModel
@@ -266,7 +266,8 @@ def dry_run(config: TrainingConfig, assumed: Assumptions) -> DryRun:
         vlm_config, tokenizer = tiny_vlm_parts(config, images)
         with torch.device("meta"):
             vlm = AutoModelForImageTextToText.from_config(vlm_config)
-        tokens = tokenize_prompts(tokenizer, [*images.prompts, config.data.null_prompt])["input_ids"]
+        prompts = truncate_prompts(tokenizer, [*images.prompts, config.data.null_prompt], config.data.max_prompt_tokens)
+        tokens = tokenize_prompts(tokenizer, prompts)["input_ids"]
         assumed = replace(assumed, num_prompts=tokens.shape[0], prompt_tokens=tokens.shape[1])
     else:
         vlm = meta_vlm(config.vlm.path)

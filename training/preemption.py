@@ -7,7 +7,6 @@ which launchers replace by their own: torchrun ends with 1, and ``deepspeed`` do
 under every launcher.
 """
 
-import atexit
 import multiprocessing
 import multiprocessing.util
 import os
@@ -123,19 +122,24 @@ def ignore_stop_signals(_worker: int = 0) -> None:
     """Make a data worker deaf to the signals of a stop (torch's DataLoader calls it in each).
 
     SLURM signals every process of a job step. A worker that died of it would make the training process fail before its save.
-    ``_kill_workers`` ends them instead.
+    ``kill_workers_at_exit`` ends them instead.
     """
     signal.set_wakeup_fd(-1)  # a forked worker shares the training process's pipe
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-@atexit.register  # after multiprocessing's own was registered, so it is called before it
-def _kill_workers() -> None:
-    """End data workers that are still there when their process exits, after an error that is, by a signal that they do hear.
+def kill_workers_at_exit() -> None:
+    """Have data workers that are left when this process exits, after an error that is, ended by a signal that they do hear.
 
     multiprocessing would send them SIGTERM and wait for their end for ever, and the whole launch with it.
     """
+    multiprocessing.util.Finalize(
+        None, _kill_workers, exitpriority=100
+    )  # before multiprocessing ends its children itself
+
+
+def _kill_workers() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would report the kill as one more failure
     for child in multiprocessing.active_children():
         if child.daemon:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.autoencoder import LatentCodec
-from model.context import tokenize_prompts
+from model.context import tokenize_prompts, truncate_prompts
 from model.context_cache import ContextSource, FixedContextCache, PromptEncoder, context_capacity, make_context_source
 from model.flow_matching import flow_matching_loss, interpolate
 from model.images import grid_scale, make_grid, to_pil, to_uint8
@@ -83,7 +83,13 @@ class Trainer:
             fused=True,
         )
         self.codec: LatentCodec = codec.to(self.device)
-        self.messages = [*images.prompts, config.data.null_prompt]
+        prompts = [*images.prompts, config.data.null_prompt]
+        self.messages = truncate_prompts(self.tokenizer, prompts, config.data.max_prompt_tokens)
+        cut = sum(ours != whole for ours, whole in zip(self.messages, prompts, strict=True))
+        if cut:
+            self._say(
+                f"data.max_prompt_tokens: {cut} of {len(prompts)} prompts are cut to {config.data.max_prompt_tokens} tokens"
+            )
         self.null_row = len(images.prompts)
         if model_config.variant == "couple":
             self.contexts, self.prompt_inputs = self._make_context_source(vlm, model_config.context_projection), None

@@ -225,6 +225,17 @@ def test_the_context_is_the_same_however_much_of_it_is_kept(command):
         assert grids[0] == grids[1]
 
 
+def test_long_prompts_are_cut_in_training_and_sampling_alike(command):
+    run = command.train(data__max_prompt_tokens=5, max_steps=2, sample__num_images=10, sample__every=2)
+    assert "data.max_prompt_tokens: 10 of 11 prompts are cut to 5 tokens" in run.finished.output
+    pipeline = load_pipeline(run.output_dir)
+    assert all(len(pipeline.tokenizer(message)["input_ids"]) <= 5 for message in pipeline.messages(range(10)))
+    settings = ["--num_images", "10", "--seed", "0", "--cfg_scale", "2", "--num_steps", "8"]
+    drawn = command.sample(run.output_dir, *settings).output_dir / "grid.png"
+    grids = [np.asarray(Image.open(f)).astype(int) for f in (drawn, run.output_dir / "samples" / "step_0000002.png")]
+    assert np.abs(grids[0] - grids[1]).max() <= 1
+
+
 @pytest.fixture(scope="module")
 def vlm_folder(one_rank, tmp_path_factory):
     """A folder that transformers wrote: the VLM, its tokenizer and its image processor, as a download would be."""

@@ -10,6 +10,7 @@ from model.context import (
     encode_context,
     select_prompts,
     tokenize_prompts,
+    truncate_prompts,
 )
 from model.vlm import build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
 from tests.tiny import PROMPTS, image_prompts, make_vlm, noise, text_prompts
@@ -212,6 +213,15 @@ class TestTokenizePrompts:
         assert mask[:, 0].all()
         assert (mask.diff(dim=1) <= 0).all()
         assert mask.sum(1).max() == mask.shape[1]
+
+    def test_lose_their_end_beyond_a_number_of_tokens(self, tokenizer):
+        lengths = [len(tokenizer(text)["input_ids"]) for text in TEXTS]
+        assert truncate_prompts(tokenizer, TEXTS, None) == truncate_prompts(tokenizer, TEXTS, max(lengths)) == TEXTS
+        for limit in range(1, max(lengths)):
+            for text, cut, length in zip(TEXTS, truncate_prompts(tokenizer, TEXTS, limit), lengths, strict=True):
+                assert text.startswith(cut)
+                assert len(tokenizer(cut)["input_ids"]) <= limit
+                assert (cut == text) == (length <= limit)
 
     def test_refuses_no_prompts(self, tokenizer):
         with pytest.raises(ValueError, match="prompts: got none"):

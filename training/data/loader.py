@@ -19,7 +19,7 @@ from model.randomness import Stream, generator, permutation, uniform
 from model.timestep_experts import TimestepExperts
 from training.data.images import ImageDataset
 from training.data.latents import LatentDataset
-from training.preemption import ignore_stop_signals
+from training.preemption import ignore_stop_signals, kill_workers_at_exit
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,7 @@ def make_loader(
 
     Workers are forked before the first batch and live to the end; a worker's failure raises here.
     """
+    kill_workers_at_exit()
     return DataLoader(
         samples,
         batch_sampler=MicroBatchSampler(layout, first_step, last_step),
