@@ -140,6 +140,10 @@ class AttentionSpec:
         return "flash" if torch.cuda.is_available() and self._refusal("flash") is None else "sdpa"
 
 
+def _flash_takes(query: Tensor) -> bool:
+    return query.is_cuda and query.dtype in FLASH_DTYPES
+
+
 @functools.cache
 def _say_once(message: str) -> None:
     logger.warning(message)
@@ -174,7 +178,7 @@ def joint_attention(
     assert (previous is None) == (gate is None), "a residual map comes with its gate"
     assert spec.residual or previous is None, "a residual map was given to an attention that has none"
     backend = {"reference": _reference, "sdpa": _sdpa, "flash": _flash}[spec.backend]
-    if spec.backend == "flash" and not (query.is_cuda and query.dtype in FLASH_DTYPES):
+    if spec.backend == "flash" and not _flash_takes(query):
         _say_once(
             f"attention_backend flash takes {FLASH_DTYPES} on CUDA; {query.dtype} on {query.device.type} goes through sdpa"
         )

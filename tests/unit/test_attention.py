@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import eager_attention_forward
 
+from model import attention
 from model.attention import AttentionSpec, ContextKeyValues, Residual, joint_attention
 from tests.attention_oracle import Chain, gradients, make_chain, relative_error, run_model, run_oracle
 
@@ -377,3 +378,25 @@ def test_auto_follows_its_rule(monkeypatch, changes, cuda, installed, chosen):
 def test_auto_still_refuses_unknown_names():
     with pytest.raises(ValueError, match="residual_source: 'x' is unknown; accepted values: raw, accumulated"):
         make_spec("auto", residual_source="x")
+
+
+def test_what_the_flash_kernel_cannot_take_goes_through_sdpa_and_says_so_once(flash_attn, monkeypatch, caplog):
+    """A checkpoint trained with flash is sampled in float32, or on the CPU, too."""
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn)
+    attention._say_once.cache_clear()
+    sizes = {
+        "residual": True,
+        "residual_source": "raw",
+        "residual_space": "logits",
+        "head_dim": 8,
+        "num_image_tokens": 5,
+    }
+    chain = make_chain(depth=3)
+    outputs = [run_model(chain, AttentionSpec(backend=backend, **sizes)) for backend in ("flash", "sdpa")]
+    for ours, theirs in zip(*outputs, strict=True):
+        assert torch.equal(ours, theirs)
+    assert flash_attn.calls == []
+    assert [record.message for record in caplog.records if "goes through sdpa" in record.message] == [
+        "attention_backend flash takes (torch.float16, torch.bfloat16) on CUDA; torch.float64 on cpu goes through sdpa"
+    ]
