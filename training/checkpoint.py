@@ -18,8 +18,10 @@ from deepspeed.utils import zero_to_fp32
 from torch import Tensor
 
 from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
+from training.checkpoint_io import TolerantCheckpointEngine, safe_unpickling
 from training.ema import EMA_KEY
 from training.errors import UserError
+from training.zero import master_shards
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +51,21 @@ class CheckpointStore:
     Args:
         folder: ``output_dir/checkpoints``, on a file system that all ranks see.
         keep_last: how many of the newest are kept; 0 keeps all.
+        keep_every: checkpoints of steps that are multiples of it are kept as well; 0 for none.
+
+    Attributes:
+        failed_saves: how many could not be written since the start of the process.
     """
 
-    def __init__(self, folder: Path, keep_last: int):
+    def __init__(self, folder: Path, keep_last: int, keep_every: int = 0):
         self.folder = folder
-        self.keep_last = keep_last
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self.failed_saves = 0
 
-    def save(self, engine, step: int, client_state: dict) -> Path:
+    def save(self, engine, step: int, client_state: dict) -> Path | None:
         """Write and commit a checkpoint of the engine; a valid one of this step is left as it is, a damaged one replaced.
+
+        One that cannot be written (a full disk, a file system that went away) is counted and said, and what there was stays.
 
         Args:
             engine: the DeepSpeed engine.
@@ -64,25 +73,52 @@ class CheckpointStore:
             client_state: what the trainer needs to go on, beside the weights and the optimizer.
 
         Returns:
-            The checkpoint's folder.
+            The checkpoint's folder; None when it could not be written.
         """
+        problem = self._write(engine, step, client_state)
+        final = self.folder / step_name(step)
+        if problem is None:
+            return final
+        self.failed_saves += 1
+        if _is_first_rank():
+            shutil.rmtree(final.with_name(final.name + PARTIAL_SUFFIX), ignore_errors=True)
+            print(
+                f"checkpoint {final.name} NOT saved: {problem}; earlier ones are untouched, training goes on",
+                flush=True,
+            )
+        dist.barrier()
+        return None
+
+    def _write(self, engine, step: int, client_state: dict) -> str | None:
+        """Do the work of ``save``; return why it failed, the same on all ranks."""
         final = self.folder / step_name(step)
         partial = final.with_name(final.name + PARTIAL_SUFFIX)
         if self._agree(final.exists()) and not _gather_dict(dict(_check_files(final, _share))):
-            return final
+            return None
+        problem, needed = None, _bytes_to_write(engine)
         if _is_first_rank():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-        dist.barrier()
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(partial, ignore_errors=True)
+                free = shutil.disk_usage(self.folder).free
+                if free < needed:
+                    problem = f"it needs {needed / 2**30:.3g} GiB, {self.folder} has {free / 2**30:.3g} GiB free"
+            except OSError as error:
+                problem = str(error)
+        if problem := self._agree(problem):
+            return problem
+        if not isinstance(engine.checkpoint_engine, TolerantCheckpointEngine):
+            engine.checkpoint_engine = TolerantCheckpointEngine(engine._config)
         engine.save_checkpoint(str(self.folder), tag=partial.name, client_state=client_state, save_latest=False)
-        dist.barrier()
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, engine.checkpoint_engine.take_errors())
+        if any(errors):
+            return "; ".join(message for part in errors for message in part)
         # Listed by one rank: on a network file system others may see fewer files, and shares of different lists leave gaps.
         files = [partial / name for name in self._agree(sorted(p.name for p in partial.iterdir() if p.is_file()))]
         shards = sum(path.name.endswith(OPTIMIZER_SUFFIX) for path in files)
         if shards != dist.get_world_size():
-            raise RuntimeError(
-                f"{partial}: {shards} files *{OPTIMIZER_SUFFIX} of {dist.get_world_size()} ranks; not committed"
-            )
+            return f"{partial} has {shards} files *{OPTIMIZER_SUFFIX} of {dist.get_world_size()} ranks"
         entries = _gather_dict({path.name: _describe(path) for path in _share(files)})
         if _is_first_rank():
             manifest = {
@@ -91,16 +127,22 @@ class CheckpointStore:
                 "zero_stage": engine.zero_optimization_stage(),
                 "files": dict(sorted(entries.items())),
             }
-            _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
-            _sync(partial)
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one
-            os.replace(partial, final)
-            _write_durably(self.folder / (LATEST + PARTIAL_SUFFIX), final.name)
-            os.replace(self.folder / (LATEST + PARTIAL_SUFFIX), self.folder / LATEST)
-            _sync(self.folder)
-            self._remove_old()
-        dist.barrier()
-        return final
+            try:
+                self._commit(partial, final, manifest)
+            except OSError as error:
+                problem = str(error)
+        return self._agree(problem)
+
+    def _commit(self, partial: Path, final: Path, manifest: dict) -> None:
+        """Make a checkpoint of files that are all there, on the first rank."""
+        _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
+        _sync(partial)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one
+        os.replace(partial, final)
+        _write_durably(self.folder / (LATEST + PARTIAL_SUFFIX), final.name)
+        os.replace(self.folder / (LATEST + PARTIAL_SUFFIX), self.folder / LATEST)
+        _sync(self.folder)
+        self._remove_old()
 
     def newest_valid(self) -> Path | None:
         """Return the newest checkpoint whose manifest verifies, the same on all ranks; None when there is none at all.
@@ -138,14 +180,19 @@ class CheckpointStore:
             raise UserError(
                 f"{path}: written by {world_size} ranks, this run has {dist.get_world_size()}; resume with {world_size}"
             )
-        loaded, client_state = engine.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
+        with safe_unpickling(path):
+            loaded, client_state = engine.load_checkpoint(
+                str(path.parent), tag=path.name, load_lr_scheduler_states=False
+            )
         if loaded is None:
             raise UserError(f"{path}: DeepSpeed could not load it")
         return client_state
 
     def _remove_old(self) -> None:
-        if self.keep_last:
-            for path in list_checkpoints(self.folder)[: -self.keep_last]:
+        if not self.keep_last:
+            return
+        for path in list_checkpoints(self.folder)[: -self.keep_last]:
+            if not (self.keep_every and int(path.name.removeprefix("step_")) % self.keep_every == 0):
                 shutil.rmtree(path)
 
     @staticmethod
@@ -234,6 +281,11 @@ def read_weights(path: Path, which: str) -> dict[str, Tensor]:
     """
     if which not in WEIGHTS:
         raise UserError(f"weights: {which!r} is unknown; accepted values: {', '.join(WEIGHTS)}")
+    with safe_unpickling(path):
+        return _read_weights(path, which)
+
+
+def _read_weights(path: Path, which: str) -> dict[str, Tensor]:
     model_states = zero_to_fp32.parse_model_states(zero_to_fp32.get_model_state_files(str(path)))
     shards, stage = [], None
     for file in zero_to_fp32.get_optim_files(str(path)):
@@ -278,6 +330,15 @@ def _describe(path: Path) -> dict:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         os.fsync(stream.fileno())
     return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _bytes_to_write(engine) -> int:
+    """Return about how many bytes a checkpoint takes over all ranks. Collective."""
+    shards = [*master_shards(engine.optimizer)]
+    shards += [t for state in engine.optimizer.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    held = torch.tensor(sum(t.nbytes for t in shards), dtype=torch.float64, device=engine.device)
+    dist.all_reduce(held)
+    return int(held) + sum(p.nbytes for p in engine.module.parameters())
 
 
 def _share(items: list) -> list:

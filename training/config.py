@@ -159,10 +159,12 @@ class CheckpointConfig:
     Args:
         every: steps between two checkpoints; one is always written at the end.
         keep_last: how many of the newest are kept; 0 keeps all.
+        keep_every: checkpoints of steps that are multiples of it are kept for good; 0 for none.
     """
 
     every: int = 5000
     keep_last: int = 3
+    keep_every: int = 0
 
 
 @dataclass
@@ -266,6 +268,7 @@ class TrainingConfig:
             "optimizer.grad_clip": self.optimizer.grad_clip,
             "optimizer.warmup_steps": self.optimizer.warmup_steps,
             "checkpoint.keep_last": self.checkpoint.keep_last,
+            "checkpoint.keep_every": self.checkpoint.keep_every,
             "data.num_workers": self.data.num_workers,
             "sample.every": self.sample.every,
         }

@@ -113,7 +113,9 @@ class Trainer:
             groups_per_sample=config.groups_per_sample,
         )
         self.meter = LossMeter(experts.num_groups, config.logging.timestep_bins, self.device)
-        self.checkpoints = CheckpointStore(self.output_dir / "checkpoints", config.checkpoint.keep_last)
+        self.checkpoints = CheckpointStore(
+            self.output_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every
+        )
         self.step = self._resume()
         if self.rank == 0:
             # max_steps and the like may differ from what the run had so far.
@@ -183,8 +185,11 @@ class Trainer:
             if draws:
                 self._draw_samples()
             stopped = not last and self.stop.poll(wait=bool(draws))
-            if last or stopped or self.step % config.checkpoint.every == 0:
-                self._save()
+            if (last or stopped or self.step % config.checkpoint.every == 0) and not self._save() and (last or stopped):
+                raise UserError(
+                    f"output_dir: the checkpoint of step {self.step}, at which the run ends, could not be written to "
+                    f"{self.checkpoints.folder}; the same command resumes from the one before"
+                )
         progress.close()
         if self.writer:
             self.writer.close()
@@ -255,6 +260,7 @@ class Trainer:
                 "samples_per_second": steps * self.config.global_batch_size / seconds,
                 "samples": self.step * self.config.global_batch_size,
                 "skipped_steps": self.engine.skipped_steps,
+                "failed_saves": self.checkpoints.failed_saves,
             }
             metrics |= {f"grad_norm_{label}": float(norm) for label, norm in gradient_norms.items()}
             self.writer.scalars(self.step, metrics)
@@ -303,8 +309,10 @@ class Trainer:
         """How many images of a grid a rank draws: equal shares, so that every rank runs the same modules equally often."""
         return -(-self.config.sample.num_images // self.world_size)
 
-    def _save(self) -> None:
-        self.checkpoints.save(self.engine, self.step, {"step": self.step, "meter": self.meter.state_dict()})
+    def _save(self) -> bool:
+        """Save a checkpoint; return whether it could be written. Collective."""
+        state = {"step": self.step, "meter": self.meter.state_dict()}
+        return self.checkpoints.save(self.engine, self.step, state) is not None
 
     def _resume(self) -> int:
         """Load the newest valid checkpoint and return its step; 0 when the run is new."""

@@ -3,6 +3,7 @@
 Each hook runs in every rank. HOOK_DIR is where it leaves what it has seen.
 """
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -91,3 +92,16 @@ def measure_memory() -> None:
         return norms
 
     Trainer.train_step = measuring
+
+
+def fail_a_write() -> None:
+    """Let the write of one file fail as on a full disk: FAIL_WRITE names its rank and its step, "1 4"."""
+    rank, step = map(int, os.environ["FAIL_WRITE"].split())
+    write = torch.save
+
+    def failing(obj, f, *args, **kwargs):
+        if f"step_{step:07d}" in str(f) and os.environ["RANK"] == str(rank):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(f))
+        return write(obj, f, *args, **kwargs)
+
+    torch.save = failing

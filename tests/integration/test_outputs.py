@@ -67,8 +67,25 @@ def test_only_the_newest_checkpoints_are_kept(command):
     assert (run.output_dir / "checkpoints" / "latest").read_text() == "step_0000005"
 
 
+def test_checkpoints_of_certain_steps_are_kept_for_good(command):
+    fields = {"checkpoint__every": 1, "checkpoint__keep_last": 1, "checkpoint__keep_every": 2}
+    run = command.train(max_steps=5, sample__every=0, **fields)
+    kept = [path.name for path in list_checkpoints(run.output_dir / "checkpoints")]
+    assert kept == ["step_0000002", "step_0000004", "step_0000005"]
+
+
 def test_metrics_have_one_line_a_logged_step_with_all_that_is_promised(launched):
-    names = {"step", "loss", "lr", "grad_norm", "samples_per_second", "samples", "skipped_steps", "grad_norm_image_io"}
+    names = {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "samples_per_second",
+        "samples",
+        "skipped_steps",
+        "failed_saves",
+        "grad_norm_image_io",
+    }
     names |= {f"loss_group_{k}" for k in GROUPS} | {f"grad_norm_group_{k}" for k in GROUPS}
     bins = {f"loss_tau_{name}" for name in TIMESTEP_BINS}
     lines = metrics(launched.output_dir)
