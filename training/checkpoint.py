@@ -87,7 +87,7 @@ class CheckpointStore:
         """Do the work of ``save``; return why it failed, the same on all ranks."""
         final = self.folder / step_name(step)
         partial = final.with_name(final.name + PARTIAL_SUFFIX)
-        if self._agree(final.exists()) and not _gather_dict(dict(_check_files(final, _share))):
+        if _agree(final.exists()) and not _gather_dict(dict(_check_files(final, _share))):
             return None
         problem, needed = None, _bytes_to_write(engine)
         if _is_first_rank():
@@ -99,7 +99,7 @@ class CheckpointStore:
                     problem = f"it needs {needed / 2**30:.3g} GiB, {self.folder} has {free / 2**30:.3g} GiB free"
             except OSError as error:
                 problem = str(error)
-        if problem := self._agree(problem):
+        if problem := _agree(problem):
             return problem
         if not isinstance(engine.checkpoint_engine, TolerantCheckpointEngine):
             engine.checkpoint_engine = TolerantCheckpointEngine(engine._config)
@@ -109,7 +109,7 @@ class CheckpointStore:
         if any(errors):
             return "; ".join(message for part in errors for message in part)
         # Listed by one rank: on a network file system others may see fewer files, and shares of different lists leave gaps.
-        files = [partial / name for name in self._agree(sorted(p.name for p in partial.iterdir() if p.is_file()))]
+        files = [partial / name for name in _agree(sorted(p.name for p in partial.iterdir() if p.is_file()))]
         shards = sum(path.name.endswith(OPTIMIZER_SUFFIX) for path in files)
         if shards != dist.get_world_size():
             return f"{partial} has {shards} files *{OPTIMIZER_SUFFIX} of {dist.get_world_size()} ranks"
@@ -125,7 +125,7 @@ class CheckpointStore:
                 self._commit(partial, final, manifest)
             except OSError as error:
                 problem = str(error)
-        return self._agree(problem)
+        return _agree(problem)
 
     def _commit(self, partial: Path, final: Path, manifest: dict) -> None:
         """Make a checkpoint of files that are all there, on the first rank."""
@@ -136,7 +136,7 @@ class CheckpointStore:
         _write_durably(self.folder / (LATEST + PARTIAL_SUFFIX), final.name)
         os.replace(self.folder / (LATEST + PARTIAL_SUFFIX), self.folder / LATEST)
         _sync(self.folder)
-        self._remove_old()
+        self._remove_old(final)
 
     def newest_valid(self) -> Path | None:
         """Return the newest checkpoint whose manifest verifies, the same on all ranks; None when there is none at all.
@@ -144,24 +144,18 @@ class CheckpointStore:
         Raises:
             UserError: when there are checkpoints and every one is damaged: starting again from nothing would lose the run.
         """
-        candidates = self._agree(list_checkpoints(self.folder))
-        for path in reversed(candidates):
-            problems = _gather_dict(dict(_check_files(path, _share)))
-            if not problems:
-                return path
-            if _is_first_rank():
-                print(f"checkpoint {path} skipped: " + "; ".join(f"{k} {v}" for k, v in sorted(problems.items())))
-        if candidates:
-            raise UserError(
-                f"{self.folder}: holds {len(candidates)} checkpoints and every one is damaged; none can be resumed"
-            )
-        return None
+        return newest_valid(list_checkpoints(self.folder))
 
-    def load(self, engine, path: Path) -> dict:
+    def load(self, engine, path: Path, *, same_run: bool = True) -> dict:
         """Load a checkpoint, of any number of ranks and any ZeRO stage, into the engine and return its client state.
 
         Shards that fit are read by DeepSpeed, each rank its own, and losses go on bit for bit; others are cut anew
         (training/elastic.py), and losses go on to rounding: sums over ranks have another order.
+
+        Args:
+            engine: a DeepSpeed engine that has not trained yet.
+            path: a step's folder, verified.
+            same_run: False keeps the optimizer's settings as this run's configuration has them, for another run's checkpoint.
 
         Raises:
             UserError: when it cannot be read, or is of another network.
@@ -170,7 +164,7 @@ class CheckpointStore:
         stages = manifest["zero_stage"], engine.zero_optimization_stage()
         fits = manifest["world_size"] == dist.get_world_size() and (stages[0] == 3) == (stages[1] == 3)
         with safe_unpickling(path):
-            if not fits:
+            if not (fits and same_run):
                 return load_resharded(engine, path)
             loaded, client_state = engine.load_checkpoint(
                 str(path.parent), tag=path.name, load_lr_scheduler_states=False
@@ -179,19 +173,42 @@ class CheckpointStore:
             raise UserError(f"{path}: DeepSpeed could not load it")
         return client_state
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, committed: Path) -> None:
+        """Remove all but the newest ``keep_last`` that are whole, those of ``keep_every``, and the one just committed.
+
+        A checkpoint that has lost a file since does not count. Sizes are looked at, not contents: reading them all at every save
+        would take as long as the save.
+        """
         if not self.keep_last:
             return
-        for path in list_checkpoints(self.folder)[: -self.keep_last]:
-            if not (self.keep_every and int(path.name.removeprefix("step_")) % self.keep_every == 0):
+        whole = 0
+        for path in reversed(list_checkpoints(self.folder)):
+            milestone = self.keep_every and int(path.name.removeprefix("step_")) % self.keep_every == 0
+            if whole >= self.keep_last and not milestone and path != committed:
                 shutil.rmtree(path)
+            whole += not any(_check_files(path, list, contents=False))
 
-    @staticmethod
-    def _agree(value):
-        """Return rank 0's view of the file system."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+
+def newest_valid(candidates: list[Path]) -> Path | None:
+    """Return the last of some checkpoints whose manifest verifies, the same on all ranks; None of none. Collective.
+
+    Each rank verifies a share of the files; the list is rank 0's.
+
+    Raises:
+        UserError: when every one is damaged.
+    """
+    candidates = _agree(candidates)
+    for path in reversed(candidates):
+        problems = _gather_dict(dict(_check_files(path, _share)))
+        if not problems:
+            return path
+        if _is_first_rank():
+            print(f"checkpoint {path} skipped: " + "; ".join(f"{k} {v}" for k, v in sorted(problems.items())))
+    if candidates:
+        raise UserError(
+            f"{candidates[0].parent}: holds {len(candidates)} checkpoints and every one is damaged; none can be resumed"
+        )
+    return None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -282,8 +299,14 @@ def read_weights(path: Path, which: str) -> dict[str, Tensor]:
         return shards.read_all(EMA_KEY)
 
 
-def _check_files(path: Path, share):
-    """Yield (file name, problem) for each of this rank's share of the files that is not what the manifest says."""
+def _check_files(path: Path, share, *, contents: bool = True):
+    """Yield (file name, problem) for each of this rank's share of the files that is not what the manifest says.
+
+    Args:
+        path: a checkpoint's folder.
+        share: list -> this rank's part of it.
+        contents: whether to read the files, too.
+    """
     try:
         files = read_manifest(path)["files"]
     except UserError as error:
@@ -295,7 +318,7 @@ def _check_files(path: Path, share):
             yield name, "is missing"
         elif file.stat().st_size != entry["bytes"]:
             yield name, f"has {file.stat().st_size} bytes instead of {entry['bytes']}"
-        elif _describe(file)["sha256"] != entry["sha256"]:
+        elif contents and _describe(file)["sha256"] != entry["sha256"]:
             yield name, "has another SHA-256 than the manifest"
 
 
@@ -325,6 +348,13 @@ def _gather_dict(mine: dict) -> dict:
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
     return {key: value for part in parts for key, value in part.items()}
+
+
+def _agree(value):
+    """Return rank 0's value, its view of the file system for example. Collective."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _is_first_rank() -> bool:

@@ -280,7 +280,7 @@ class TestDifferences:
         str: "other", int: 12345, float: 0.4321, bool: None, type(None): 16, list: [0.5, 0.25],
     }  # fmt: skip
     MAY_CHANGE = (
-        "output_dir", "deepspeed", "max_steps", "micro_batch_size", "checkpoint.", "logging.", "sample.",
+        "output_dir", "deepspeed", "resume", "max_steps", "micro_batch_size", "checkpoint.", "health.", "logging.", "sample.",
         "data.num_workers", "model.attention_backend", "vlm.context_cache",
     )  # fmt: skip
 
