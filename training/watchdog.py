@@ -28,11 +28,10 @@ CLAIM, GUILTY = "claim", "guilty"
 
 @dataclass
 class Note:
-    """Where a rank stands: in a phase of a step (counted from 1) for some seconds; ``beat`` counts its publications."""
+    """Where a rank stands: in a phase of a step, counted from 1. ``beat`` counts its publications."""
 
     step: int
     phase: str
-    seconds: float = 0.0
     beat: int = 0
 
     @property
@@ -80,27 +79,27 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._done.wait(self._interval):
-            reachable = self._publish()
+            self._publish()
             note, seconds = self._note, time.monotonic() - self._since
             if seconds > self.limit:
-                self._end(note, seconds, reachable)
+                self._end(note, seconds)
 
-    def _publish(self) -> bool:
+    def _publish(self) -> None:
         self._beat += 1
-        note = Note(self._note.step, self._note.phase, time.monotonic() - self._since, self._beat)
-        return self._ask("set", str(self.rank), json.dumps(asdict(note))) is not None
+        note = Note(self._note.step, self._note.phase, self._beat)
+        self._ask("set", str(self.rank), json.dumps(asdict(note)))
 
-    def _end(self, mine: Note, seconds: float, reachable: bool) -> None:
-        if not reachable:
-            if self.rank == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-                print(
-                    "error: rank 0, which knows where all ranks stand, does not answer: its process is stopped or its node is "
-                    f"gone; rank {self.rank} has waited for {seconds:.0f} s in {mine}; the same command resumes the run",
-                    file=sys.stderr,
-                    flush=True,
+    def _end(self, mine: Note, seconds: float) -> None:
+        claims = self._ask("add", CLAIM, 1)
+        if claims is None:
+            if self.rank == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one of each node at least
+                _say(
+                    "error: rank 0, which knows where all ranks stand, does not answer: its process is stopped or dead, or its "
+                    f"node is gone; rank {self.rank} has been in {mine} for {seconds:.0f} s (health.hang_minutes "
+                    f"{self.limit / 60:g}); the same command resumes the run from its newest checkpoint"
                 )
-        elif self._ask("add", CLAIM, 1) == 1:
-            print(self._explain(mine, seconds), file=sys.stderr, flush=True)
+        elif claims == 1:
+            _say(self._explain(mine, seconds))
             time.sleep(self._interval)  # for the tracebacks of those who are to blame
         else:
             deadline = time.monotonic() + 4 * self._interval + ANSWER_SECONDS
@@ -145,12 +144,11 @@ class Watchdog:
         return notes
 
     def _ask(self, method: str, *arguments):
-        """Call the store; None when it does not answer. ``set`` gives True."""
+        """Call the store; None when it does not answer, and for ``set``, which waits for no answer."""
         try:
-            answer = self._calls.submit(getattr(self._store, method), *arguments).result(ANSWER_SECONDS)
+            return self._calls.submit(getattr(self._store, method), *arguments).result(ANSWER_SECONDS)
         except (TimeoutError, RuntimeError):  # torch's errors of the store are RuntimeErrors
             return None
-        return True if method == "set" else answer
 
 
 def _make_store(rank: int) -> dist.TCPStore:
@@ -163,6 +161,10 @@ def _make_store(rank: int) -> dist.TCPStore:
         box = [(host, store.port)]
     dist.broadcast_object_list(box, src=0)
     return store if rank == 0 else dist.TCPStore(*box[0], is_master=False, **settings)
+
+
+def _say(message: str) -> None:
+    print(f"\n{message}", file=sys.stderr, flush=True)  # a progress bar leaves the cursor at the end of its line
 
 
 def _ranks(ranks: list[int]) -> str:
