@@ -2,6 +2,7 @@
 # Set up, check the style, and run the tests: bash launch/run_tests.sh [pytest arguments].
 #
 # The first start installs the environment (about 2 minutes). Tests that need a GPU are skipped with a reason where there is none.
+# LATTE_FLOW_TEST_PROCESSES=N runs N test files at a time (default 2; 0: all in one process, for a debugger).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 setup_environment
@@ -9,4 +10,4 @@ setup_accelerator
 
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+exec python -m pytest --numprocesses "${LATTE_FLOW_TEST_PROCESSES:-2}" --dist loadgroup "$@"

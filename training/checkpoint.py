@@ -15,15 +15,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import zero_to_fp32
 from torch import Tensor
 
 from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from training.checkpoint_io import TolerantCheckpointEngine, safe_unpickling
-from training.checkpoint_manifest import MANIFEST, OPTIMIZER_SUFFIX, OWN_DIGEST, manifest_digest, read_manifest
+from training.checkpoint_manifest import MANIFEST, OWN_DIGEST, manifest_digest, read_manifest
+from training.elastic import load_resharded
 from training.ema import EMA_KEY
 from training.errors import UserError
 from training.zero import master_shards
+from training.zero_shards import OPTIMIZER_SUFFIX, ZeroShards
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +34,6 @@ LATEST = "latest"
 PARTIAL_SUFFIX = ".partial"
 STEP_FOLDER = re.compile(r"step_\d{7,}")
 WEIGHTS = ("ema", "model")
-ZERO_KEYS = {
-    1: ("single_partition_of_fp32_groups", "base_optimizer_state"),
-    2: ("single_partition_of_fp32_groups", "base_optimizer_state"),
-    3: ("fp32_flat_groups", "optimizer_state_dict"),
-}
-"""Where a ZeRO stage's shard file keeps the master weights and the base optimizer's state."""
 
 
 def step_name(step: int) -> str:
@@ -166,23 +161,20 @@ class CheckpointStore:
         return None
 
     def load(self, engine, path: Path) -> dict:
-        """Load a checkpoint into the engine and return its client state.
+        """Load a checkpoint, of any number of ranks and any ZeRO stage, into the engine and return its client state.
+
+        Shards that fit are read by DeepSpeed, each rank its own, and losses go on bit for bit; others are cut anew
+        (training/elastic.py), and losses go on to rounding: sums over ranks have another order.
 
         Raises:
-            UserError: when it was written by another number of ranks, or with shards of another kind.
+            UserError: when it cannot be read, or is of another network.
         """
         manifest = read_manifest(path)
-        world_size, stages = manifest["world_size"], (manifest.get("zero_stage"), engine.zero_optimization_stage())
-        if 3 in stages and None not in stages and stages[0] != stages[1]:
-            raise UserError(
-                f"deepspeed: {path} was written with ZeRO stage {stages[0]}, this run has stage {stages[1]}; accepted: "
-                f"a file of stage {'3' if stages[0] == 3 else '1 or 2'}"
-            )
-        if world_size != dist.get_world_size():
-            raise UserError(
-                f"{path}: written by {world_size} ranks, this run has {dist.get_world_size()}; resume with {world_size}"
-            )
+        stages = manifest["zero_stage"], engine.zero_optimization_stage()
+        fits = manifest["world_size"] == dist.get_world_size() and (stages[0] == 3) == (stages[1] == 3)
         with safe_unpickling(path):
+            if not fits:
+                return load_resharded(engine, path)
             loaded, client_state = engine.load_checkpoint(
                 str(path.parent), tag=path.name, load_lr_scheduler_states=False
             )
@@ -269,30 +261,12 @@ def read_weights(path: Path, which: str) -> dict[str, Tensor]:
     if which not in WEIGHTS:
         raise UserError(f"weights: {which!r} is unknown; accepted values: {', '.join(WEIGHTS)}")
     with safe_unpickling(path):
-        return _read_weights(path, which)
-
-
-def _read_weights(path: Path, which: str) -> dict[str, Tensor]:
-    model_states = zero_to_fp32.parse_model_states(zero_to_fp32.get_model_state_files(str(path)))
-    shards, stage = [], None
-    for file in zero_to_fp32.get_optim_files(str(path)):
-        shard = torch.load(file, map_location="cpu", weights_only=False, mmap=True)["optimizer_state_dict"]
-        stage = int(shard["zero_stage"])
-        master_key, optimizer_key = ZERO_KEYS[stage]
-        masters = shard[master_key]
-        if which == "ema":
-            states = shard[optimizer_key]["state"]
-            if any(EMA_KEY not in state for state in states.values()):
-                raise UserError(f"{file}: holds no averaged weights; accepted: --weights model")
-            # The optimizer's state keeps the padding of its shard; the master weights are saved without.
-            masters = [states[i][EMA_KEY][: len(master)] for i, master in enumerate(masters)]
-        shards.append(masters)
-    merge = zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint
-    if stage == 3:
-        merge = zero_to_fp32._get_fp32_state_dict_from_zero3_checkpoint
-    merged = merge(len(shards), shards, model_states, False)
-    # ZeRO-3 hands out pseudo-tensors that gather their shards on demand.
-    return {name: tensor.contiguous() for name, tensor in merged.items()}
+        shards = ZeroShards(path)
+        if which == "model":
+            return shards.read_all()
+        if EMA_KEY not in shards.state_keys:
+            raise UserError(f"{path}: holds no averaged weights; accepted: --weights model")
+        return shards.read_all(EMA_KEY)
 
 
 def _check_files(path: Path, share):

@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 
 from training.errors import UserError
+from training.zero_shards import OPTIMIZER_SUFFIX
 
 MANIFEST = "manifest.json"
-OPTIMIZER_SUFFIX = "_optim_states.pt"
 FILE_NAME = re.compile(r"[\w-][\w.-]{0,254}", re.ASCII)
 """What files of a checkpoint are called: in the folder itself, so a manifest cannot lead out of it."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -20,7 +20,7 @@ OWN_DIGEST = "sha256"
 
 
 def read_manifest(path: Path) -> dict:
-    """Return a checkpoint's manifest: step, world_size, files, and zero_stage where it is known.
+    """Return a checkpoint's manifest: step, world_size, zero_stage, files.
 
     Raises:
         UserError: when it is missing or not what ``save`` writes.
@@ -47,7 +47,7 @@ def _check_manifest(manifest: dict) -> None:
     numbers |= {
         "step": (manifest["step"], 0, 2**63),
         "world_size": (manifest["world_size"], shards, shards + 1),
-        "zero_stage": (manifest.get("zero_stage", 0), 0, 4),
+        "zero_stage": (manifest["zero_stage"], 1, 4),
     }
     for name, (value, low, high) in numbers.items():
         if type(value) is not int or not low <= value < high:  # nor is True a number

@@ -3,8 +3,17 @@
 These are DeepSpeed's internals: names that a new version may change. Everything else of the project goes through the engine.
 """
 
+from collections.abc import Iterable
+
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import (
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from torch import Tensor
 
 
@@ -48,3 +57,45 @@ def gradient_norms(zero) -> list[tuple[int, Tensor]]:
             norm = zero.get_grad_norm_direct(zero.averaged_gradients[i], parameters)
         norms.append((i, torch.as_tensor(norm)))
     return norms
+
+
+def prepare_optimizer_state(zero, keys: Iterable[str], updates: int) -> None:
+    """Give the base optimizer of this rank a state of zeros, as after ``updates`` updates, for ``write_state`` to fill.
+
+    Args:
+        zero: DeepSpeed's ZeRO optimizer, before its first step, over a fused AdamW.
+        keys: what it keeps of each parameter; none means that there has been no update.
+        updates: how many there have been.
+    """
+    keys = list(keys)
+    if not keys:
+        return
+    for shard in master_shards(zero):
+        counter = torch.tensor(float(updates), device=shard.device)  # a fused AdamW counts on the shard's device
+        zero.optimizer.state[shard] = {"step": counter} | {key: torch.zeros_like(shard) for key in keys}
+    if not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        zero._lazy_init_hp_params_optimizer_state()  # makes the state known to the parameters
+
+
+def write_state(parameter: Tensor, value: Tensor, key: str | None = None) -> None:
+    """Write this rank's part of a parameter's float32 master weight, or of what the optimizer keeps of it under ``key``.
+
+    Args:
+        parameter: a trained parameter of an engine with ZeRO.
+        value: float32, the whole of it, in the parameter's unsharded shape.
+        key: as in ``prepare_optimizer_state``.
+    """
+    if not hasattr(parameter, "ds_id"):
+        if key is None:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+        return
+    # Stage 3. DeepSpeed's setter of whole values fails where the ranks do not divide the parameter.
+    length, group = parameter.partition_numel(), parameter.ds_process_group
+    padded = torch.nn.functional.pad(value.flatten(), (0, length * dist.get_world_size(group) - value.numel()))
+    part = padded[length * dist.get_rank(group) :][:length]
+    if key is None:
+        safe_set_local_fp32_param(parameter, part)
+    else:
+        safe_set_local_optimizer_state(parameter, part, key)

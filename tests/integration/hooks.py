@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from model.pipeline import VLM_FOLDER
 from training import trainer
@@ -105,3 +106,29 @@ def fail_a_write() -> None:
         return write(obj, f, *args, **kwargs)
 
     torch.save = failing
+
+
+def dump_state() -> None:
+    """Save what every rank together holds before the first step, by DeepSpeed's own functions, as state.pt of rank 0."""
+    train = Trainer.train
+
+    def dumping(self):
+        keys = ("exp_avg", "exp_avg_sq", "ema")
+        if hasattr(
+            self.engine.optimizer, "_lazy_init_hp_params_optimizer_state"
+        ):  # stages 1 and 2, else at the first step
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        held = {
+            name: {None: safe_get_full_fp32_param(p)} | {key: safe_get_full_optimizer_state(p, key) for key in keys}
+            for name, p in self.model.named_parameters()
+            if p.requires_grad
+        }
+        updates = {float(state["step"]) for state in self.engine.optimizer.optimizer.state.values()}
+        counters = {name: getattr(self.engine, name) for name in ("global_steps", "global_samples", "skipped_steps")}
+        if self.rank == 0:
+            torch.save(
+                {"held": held, "updates": updates, "counters": counters}, Path(os.environ["HOOK_DIR"]) / "state.pt"
+            )
+        return train(self)
+
+    Trainer.train = dumping

@@ -159,13 +159,6 @@ def test_a_run_of_another_configuration_is_not_overwritten(command, short_run):
     assert contents(short_run.output_dir) == before
 
 
-def test_a_run_of_another_number_of_ranks_is_not_overwritten(command, short_run):
-    before = contents(short_run.output_dir)
-    refused = command.train(output_dir=short_run.output_dir, max_steps=4, ranks=2, code=None)
-    assert_refused(refused.finished, "written by 1 ranks", "this run has 2")
-    assert contents(short_run.output_dir) == before
-
-
 @pytest.mark.parametrize("damage", ["flipped", "shorter", "missing", "manifest"])
 def test_damaged_checkpoints_are_an_error_and_not_a_restart_from_zero(command, short_run, tmp_path, damage):
     folder = tmp_path / "run"

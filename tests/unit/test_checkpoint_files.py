@@ -37,7 +37,7 @@ def write_checkpoint(output_dir: Path, step: int, contents: dict[str, bytes] = C
     folder.mkdir(parents=True)
     for name, content in contents.items():
         (folder / name).write_bytes(content)
-    manifest = {"step": step, "world_size": 1, "files": entries(contents)}
+    manifest = {"step": step, "world_size": 1, "zero_stage": 2, "files": entries(contents)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -96,8 +96,8 @@ class TestCheckFiles:
 
     @pytest.mark.parametrize(
         "manifest",
-        ["", "{", "[]", "{}", "null", '{"step": 1}', '{"step": 1, "world_size": 1, "files": []}',
-         '{"step": "1", "world_size": 1, "files": {}}', '{"step": 1, "files": {}}'],
+        ["", "{", "[]", "{}", "null", '{"step": 1}', '{"step": 1, "world_size": 1, "zero_stage": 2, "files": []}',
+         '{"step": "1", "world_size": 1, "zero_stage": 2, "files": {}}', '{"step": 1, "files": {}}'],
     )  # fmt: skip
     def test_a_damaged_manifest_is_the_problem(self, folder, manifest):
         (folder / "manifest.json").write_text(manifest)
@@ -157,7 +157,7 @@ class TestCheckFiles:
     @given(length=st.integers(0, 60), position=st.integers(0, 60), byte=st.integers(0, 255))
     def test_no_damage_to_the_manifest_ends_in_another_error(self, folder, length, position, byte):
         """Cut off at any place, or with any byte of its head changed: problems or none, but no traceback."""
-        whole = json.dumps({"step": 7, "world_size": 1, "files": entries(CONTENTS)}).encode()
+        whole = json.dumps({"step": 7, "world_size": 1, "zero_stage": 2, "files": entries(CONTENTS)}).encode()
         cut = whole[: max(len(whole) - 1 - length, 0)]
         changed = whole[:position] + bytes([byte]) + whole[position + 1 :]
         (folder / "manifest.json").write_bytes(cut)
