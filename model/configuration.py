@@ -1,5 +1,6 @@
 """LatteFlowConfig: everything that defines the network, with the paper's values (or our decided ones) as defaults."""
 
+import math
 from typing import Literal
 
 from transformers import AutoConfig, PretrainedConfig
@@ -113,6 +114,11 @@ class LatteFlowConfig(PretrainedConfig):
         _check_choice("modulation", self.modulation, MODULATIONS)
         for name in self.shared_modules:
             _check_choice("shared_modules", name, SHAREABLE_MODULES)
+        for name in ("patch_size", "rope_2d_theta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: got {getattr(self, name)}; accepted: greater than 0")
+        if self.timestep_frequencies < 2 or self.timestep_frequencies % 2:
+            raise ValueError(f"timestep_frequencies: got {self.timestep_frequencies}; accepted: even, 2 or more")
         if any(side % self.patch_size for side in self.latent_size):
             raise ValueError(f"patch_size: {self.patch_size} does not divide latent_size {tuple(self.latent_size)}")
         if self.head_dim % 4:

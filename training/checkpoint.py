@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from training.checkpoint_io import TolerantCheckpointEngine, safe_unpickling
+from training.checkpoint_manifest import MANIFEST, OWN_DIGEST, manifest_digest, read_manifest
 from training.elastic import load_resharded
 from training.ema import EMA_KEY
 from training.errors import UserError
@@ -28,9 +30,9 @@ logger = logging.getLogger(__name__)
 
 MODEL_FOLDER = "model"
 """Where an output_dir keeps the model folder without weights (model/pipeline.py), beside ``checkpoints``."""
-MANIFEST = "manifest.json"
 LATEST = "latest"
 PARTIAL_SUFFIX = ".partial"
+STEP_FOLDER = re.compile(r"step_\d{7,}")
 WEIGHTS = ("ema", "model")
 
 
@@ -121,6 +123,7 @@ class CheckpointStore:
                 "zero_stage": engine.zero_optimization_stage(),
                 "files": dict(sorted(entries.items())),
             }
+            manifest[OWN_DIGEST] = manifest_digest(manifest)
             try:
                 self._commit(partial, final, manifest)
             except OSError as error:
@@ -181,10 +184,11 @@ class CheckpointStore:
         """
         if not self.keep_last:
             return
-        whole = 0
-        for path in reversed(list_checkpoints(self.folder)):
+        paths, whole = list_checkpoints(self.folder), 0
+        # Later steps than the one just saved are damaged, or the run would have resumed from them: they do not count.
+        for path in reversed(paths[: paths.index(committed) + 1]):
             milestone = self.keep_every and int(path.name.removeprefix("step_")) % self.keep_every == 0
-            if whole >= self.keep_last and not milestone and path != committed:
+            if whole >= self.keep_last and not milestone:
                 shutil.rmtree(path)
             whole += not any(_check_files(path, list, contents=False))
 
@@ -212,27 +216,9 @@ def newest_valid(candidates: list[Path]) -> Path | None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the committed checkpoints of a run, oldest first; partial ones are none."""
-    paths = [path.parent for path in folder.glob(f"step_*/{MANIFEST}") if not path.parent.name.endswith(PARTIAL_SUFFIX)]
+    """Return the folders of a run's steps, oldest first; partial ones are none. One without a manifest is a damaged one."""
+    paths = [path for path in folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
     return sorted(paths, key=lambda path: (len(path.name), path.name))  # step_10000000 comes after step_9999999
-
-
-def read_manifest(path: Path) -> dict:
-    """Return a checkpoint's manifest: step, world_size, zero_stage, files.
-
-    Raises:
-        UserError: when it is missing or not what ``save`` writes.
-    """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        numbers = [manifest[name] for name in ("step", "world_size", "zero_stage")]
-        numbers += [entry["bytes"] for entry in manifest["files"].values()]
-        digests = [entry["sha256"] for entry in manifest["files"].values()]
-        if not all(isinstance(n, int) for n in numbers) or not all(isinstance(d, str) for d in digests):
-            raise TypeError("step, world_size, zero_stage, files: wrong types")
-        return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path / MANIFEST}: missing or damaged ({error})") from error
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -241,7 +227,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         UserError: when there is none.
     """
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() or STEP_FOLDER.fullmatch(path.name):
         problems = dict(_check_files(path, list))
         if problems:
             raise UserError(f"{path}: damaged: " + "; ".join(f"{name} {what}" for name, what in problems.items()))
@@ -314,12 +300,15 @@ def _check_files(path: Path, share, *, contents: bool = True):
         return
     for name in share(sorted(files)):
         entry, file = files[name], path / name
-        if not file.is_file():
-            yield name, "is missing"
-        elif file.stat().st_size != entry["bytes"]:
-            yield name, f"has {file.stat().st_size} bytes instead of {entry['bytes']}"
-        elif contents and _describe(file)["sha256"] != entry["sha256"]:
-            yield name, "has another SHA-256 than the manifest"
+        try:
+            if not file.is_file():
+                yield name, "is missing"
+            elif file.stat().st_size != entry["bytes"]:
+                yield name, f"has {file.stat().st_size} bytes instead of {entry['bytes']}"
+            elif contents and _describe(file)["sha256"] != entry["sha256"]:
+                yield name, "has another SHA-256 than the manifest"
+        except OSError as error:  # a rank that raised here would leave the others in a collective
+            yield name, f"cannot be read: {error.strerror}"
 
 
 def _describe(path: Path) -> dict:

@@ -5,6 +5,7 @@ Unknown fields are errors. The fields under ``model`` are those of model.configu
 """
 
 import dataclasses
+import functools
 import inspect
 import math
 import os
@@ -22,9 +23,13 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from transformers import PretrainedConfig
 
 from model.configuration import LatteFlowConfig
+from training.config_file import check_config_file
 from training.errors import UserError
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
+
+LIMIT = 2**64
+"""No number of a run reaches it: beyond, integers become no floats."""
 
 # The VLM and the codec decide these; everything else of the network's configuration can be set under ``model``.
 DERIVED_MODEL_FIELDS = {"vlm_config", "latent_channels", "latent_size"}
@@ -277,8 +282,19 @@ class TrainingConfig:
         }
         positive |= {f"vlm.tiny.{name}": value for name, value in vars(self.vlm.tiny).items() if name != "seed"}
         for name, value in positive.items():
-            if not 0 < value < math.inf:  # nor is NaN
-                raise UserError(f"{name}: got {value}; accepted: greater than 0")
+            if not 0 < value < LIMIT:  # nor is NaN
+                raise UserError(f"{name}: got {value}; accepted: greater than 0, less than 2^64")
+        tiny = self.vlm.tiny
+        if tiny.hidden_size % (4 * tiny.num_attention_heads):  # the 2D rotary embedding turns quarters of a head
+            raise UserError(
+                f"vlm.tiny.hidden_size: got {tiny.hidden_size}; accepted: multiples of 4 x num_attention_heads "
+                f"{tiny.num_attention_heads}"
+            )
+        if tiny.num_attention_heads % tiny.num_key_value_heads:
+            raise UserError(
+                f"vlm.tiny.num_key_value_heads: got {tiny.num_key_value_heads}; accepted: divisors of num_attention_heads "
+                f"{tiny.num_attention_heads}"
+            )
         fractions = {
             "data.condition_drop": self.data.condition_drop,
             "data.max_broken_fraction": self.data.max_broken_fraction,
@@ -298,8 +314,8 @@ class TrainingConfig:
             "sample.every": self.sample.every,
         }
         for name, value in not_negative.items():
-            if not 0 <= value < math.inf:
-                raise UserError(f"{name}: got {value}; accepted: 0 or more")
+            if not 0 <= value < LIMIT:
+                raise UserError(f"{name}: got {value}; accepted: 0 or more, less than 2^64")
         # The generator takes 64 bits; a picture's seed is the run's and the picture's number, 32 bits each.
         for name, value, bits in (
             ("seed", self.seed, 64),
@@ -310,6 +326,12 @@ class TrainingConfig:
                 raise UserError(f"{name}: got {value}; accepted: 0 to 2^{bits} - 1")
         if not math.isfinite(self.sample.cfg_scale):
             raise UserError(f"sample.cfg_scale: got {self.sample.cfg_scale}; accepted: a finite number")
+        paths = {"output_dir": self.output_dir, "deepspeed": self.deepspeed}
+        paths |= {"data.path": self.data.path, "data.class_names": self.data.class_names}
+        paths |= {"vlm.path": self.vlm.path, "codec.path": self.codec.path}
+        for name, value in paths.items():
+            if value is not None and not _is_path(value):
+                raise UserError(f"{name}: got {value[:80]!r} ({len(value)} characters); accepted: a path")
         if not _has_one_blank(self.data.prompt_template):
             raise UserError(
                 f"data.prompt_template: got {self.data.prompt_template!r}; accepted: a text with {{}} exactly once"
@@ -317,10 +339,20 @@ class TrainingConfig:
             )
 
 
-def _has_one_blank(template: str) -> bool:
-    """Return whether ``template.format(x)`` puts x in at exactly one place."""
+def _is_path(text: str) -> bool:
+    """Return whether the file system can be asked for a path at all."""
     try:
-        return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None] == [""]
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return b"\0" not in encoded and len(encoded) < 4096 and all(len(part) < 256 for part in encoded.split(b"/"))
+
+
+def _has_one_blank(template: str) -> bool:
+    """Return whether ``template.format(x)`` puts x in at exactly one place, as it is."""
+    try:
+        blanks = [blank for _, *blank in string.Formatter().parse(template) if blank[0] is not None]
+        return blanks == [["", "", None]]  # name, format and conversion: {:>9999999999} would fill the memory
     except ValueError:  # a single brace
         return False
 
@@ -352,8 +384,8 @@ class Assumptions:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if value <= 0:
-                raise UserError(f"assume.{name}: got {value}; accepted: greater than 0")
+            if not 0 < value < LIMIT:
+                raise UserError(f"assume.{name}: got {value}; accepted: greater than 0, less than 2^64")
 
 
 @dataclass(frozen=True)
@@ -365,6 +397,7 @@ class Command:
     assume: Assumptions
 
 
+@functools.cache
 def make_parser() -> ArgumentParser:
     """Return the parser of training/main.py: every field of TrainingConfig, and the network's under ``model``."""
     parser = _Parser(prog="training/main.py", description="Train LaTtE-Flow with DeepSpeed.", exit_on_error=False)
@@ -388,15 +421,24 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     files, rest = _split_off_files(sys.argv[1:] if argv is None else argv)
     files = files or [str(DEFAULT_CONFIG)]
     for file in files:
-        _check_file(file)
+        check_config_file(file, _sections(TrainingConfig) | {"model", "assume"})
     parser = make_parser()
     try:
         # Later arguments win: the files come first wherever they stand on the command line.
         namespace = parser.parse_args([f"--config={file}" for file in files] + rest)
+    except UserError:
+        raise
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from error
+    except (ValueError, OverflowError) as error:  # of integers that are no floats, or that Python does not even print
+        number = re.search(r"(\S+?)[ =]-?\d{300}", " ".join(rest))
+        raise UserError(
+            f"{number[1].lstrip('-') if number else files[-1]}: {error}; accepted: less than 2^64"
+        ) from error
     _check_values({f.name: f.type for f in dataclasses.fields(TrainingConfig) if f.name != "model"}, namespace)
     _check_values({"model": _network_fields(), "assume": Assumptions}, namespace)
+    if not isinstance(namespace.dry_run, bool):
+        raise UserError(f"dry_run: got {namespace.dry_run!r}; accepted: true or false")
     model = _plain(namespace.model.as_dict())
     fields = parser.instantiate(namespace)
     names = [f.name for f in dataclasses.fields(TrainingConfig) if f.name != "model"]
@@ -417,16 +459,10 @@ def _split_off_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, rest
 
 
-def _check_file(path: str) -> None:
-    """Raise UserError when a file is no YAML mapping."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"config: {path} cannot be read: {error.strerror}") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"config: {path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict | None):
-        raise UserError(f"config: {path} holds a {type(tree).__name__}; accepted: a mapping of fields to values")
+def _sections(fields: type, prefix: str = "") -> set[str]:
+    """Return the dotted names of the fields of a dataclass that are dataclasses, at any depth."""
+    inner = {f"{prefix}{f.name}": f.type for f in dataclasses.fields(fields) if dataclasses.is_dataclass(f.type)}
+    return inner.keys() | {name for field, kind in inner.items() for name in _sections(kind, f"{field}.")}
 
 
 def _network_fields() -> dict:
@@ -466,7 +502,10 @@ def load_config(path: Path) -> TrainingConfig:
     """
     if not path.is_file():
         raise UserError(f"{path}: not found; accepted: the config.yaml of a training output_dir")
-    return parse_config(["--config", str(path)])
+    try:
+        return parse_config(["--config", str(path)])
+    except UserError as error:  # the command line that is being parsed names another file, or none
+        raise UserError(f"{path}: {error}") from error
 
 
 def save_config(config: TrainingConfig, path: Path) -> None:

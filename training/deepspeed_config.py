@@ -1,13 +1,18 @@
 """DeepSpeed's JSON configuration: read, its "auto" fields filled from the training configuration, contradictions refused."""
 
+import copy
 import json
 from pathlib import Path
+
+from deepspeed.runtime.config import DeepSpeedConfig
 
 from training.config import TrainingConfig
 from training.data.loader import BatchLayout
 from training.errors import UserError
 
 SUPPORTED_STAGES = (1, 2, 3)
+UNCHECKED = {"steps_per_print": int, "wall_clock_breakdown": bool, "zero_force_ds_cpu_optimizer": bool}
+"""Fields of the files in ds_configs/ whose values DeepSpeed takes as they are, and fails on in the middle of the run."""
 
 
 def make_batch_layout(config: TrainingConfig, *, num_groups: int, world_size: int, rank: int) -> BatchLayout:
@@ -50,7 +55,7 @@ def load_deepspeed_config(config: TrainingConfig, layout: BatchLayout) -> dict:
         raise UserError(f"deepspeed: {path} not found; accepted: a DeepSpeed JSON file such as ds_configs/zero2.json")
     try:
         result = json.loads(path.read_text())
-    except ValueError as error:  # no JSON, or no text
+    except (OSError, ValueError, RecursionError) as error:  # not readable, no text, no JSON, or lists without end
         raise UserError(f"deepspeed: {path} is no valid JSON: {error}") from error
     if not isinstance(result, dict):
         raise UserError(f"deepspeed: {path} holds a {type(result).__name__}; accepted: a JSON object")
@@ -64,6 +69,10 @@ def load_deepspeed_config(config: TrainingConfig, layout: BatchLayout) -> dict:
         "gradient_accumulation_steps": ("global_batch_size", layout.accumulation_steps),
         "gradient_clipping": ("optimizer.grad_clip", config.optimizer.grad_clip),
         "bf16.enabled": ("precision", config.precision == "bf16"),
+        "zero_allow_untested_optimizer": (
+            "optimizer",
+            True,
+        ),  # AdamW with the moving average is none that DeepSpeed knows
     }
     for key, (field, value) in decided.items():
         *sections, name = key.split(".")
@@ -77,8 +86,22 @@ def load_deepspeed_config(config: TrainingConfig, layout: BatchLayout) -> dict:
     for key in ("optimizer", "scheduler", "fp16"):
         if key in result:
             raise UserError(f"deepspeed: {path} has {key!r}; accepted: none, training/main.py brings its own")
+    for key, kind in UNCHECKED.items():
+        if key in result and (type(result[key]) is not kind or result[key] < 0):
+            raise UserError(f"deepspeed: {path} sets {key} to {result[key]!r}; accepted: {kind.__name__}, not negative")
     stage = result.get("zero_optimization", {}).get("stage", 0)
-    if stage not in SUPPORTED_STAGES:
+    if type(stage) is not int or stage not in SUPPORTED_STAGES:
         accepted = ", ".join(map(str, SUPPORTED_STAGES))
         raise UserError(f"deepspeed: {path} sets zero_optimization.stage {stage}; accepted: {accepted}")
+    _check_with_deepspeed(result, path)
     return result
+
+
+def _check_with_deepspeed(result: dict, path: Path) -> None:
+    """Raise UserError for what DeepSpeed itself does not accept, before any rank has started to build anything."""
+    try:
+        # The batch size is checked above, and for the run's number of ranks; a dry run has one process.
+        DeepSpeedConfig({name: copy.deepcopy(value) for name, value in result.items() if name != "train_batch_size"})
+    except Exception as error:  # assertions, pydantic's, KeyError, TypeError: whatever its reading of a field meets
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"deepspeed: {path} is not what DeepSpeed accepts: {reason}") from error

@@ -12,6 +12,7 @@ from tests.integration.launching import column, metrics
 from tests.integration.test_resume import assert_same_metrics
 from tests.integration.test_training import STEPS, assert_weights_equal
 from training.checkpoint import list_checkpoints
+from training.checkpoint_manifest import manifest_digest
 
 
 def steps(run) -> list[str]:
@@ -93,7 +94,8 @@ def test_code_in_a_checkpoint_is_not_executed(command, tmp_path, monkeypatch, fi
     torch.save(content | {"surprise": Executes()}, path)
     entry = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     listed = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(listed | {"files": listed["files"] | {file: entry}}))
+    listed["files"][file] = entry
+    manifest.write_text(json.dumps(listed | {"sha256": manifest_digest(listed)}))
 
     resumed = command.train(max_steps=3, sample__every=0, checkpoint__every=3, output_dir=run.output_dir, code=2)
     drawn = command.sample(run.output_dir, code=2)

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from training.checkpoint import _check_files, find_checkpoint, list_checkpoints, load_pipeline, read_manifest, step_name
+from training.checkpoint import (
+    CheckpointStore,
+    _check_files,
+    find_checkpoint,
+    list_checkpoints,
+    load_pipeline,
+    read_manifest,
+    step_name,
+)
 from training.errors import UserError
 
 CONTENTS = {
@@ -69,10 +77,10 @@ class TestCheckFiles:
         assert problems(folder) == {MODEL: "has another SHA-256 than the manifest"}
 
     def test_two_files_exchanged(self, tmp_path):
-        folder = write_checkpoint(tmp_path, 1, {"a": b"12", "b": b"21"})
+        folder = write_checkpoint(tmp_path, 1, {"a": b"12", "b_optim_states.pt": b"21"})
         (folder / "a").write_bytes(b"21")
-        (folder / "b").write_bytes(b"12")
-        assert set(problems(folder)) == {"a", "b"}
+        (folder / "b_optim_states.pt").write_bytes(b"12")
+        assert set(problems(folder)) == {"a", "b_optim_states.pt"}
 
     def test_a_folder_in_a_files_place(self, folder):
         (folder / MODEL).unlink()
@@ -96,6 +104,41 @@ class TestCheckFiles:
         assert list(problems(folder)) == ["manifest.json"]
         with pytest.raises(UserError, match=rf"{folder}/manifest.json: missing or damaged"):
             read_manifest(folder)
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"step": -1}, {"step": True}, {"step": 2**63}, {"step": 7.0}, {"step": float("nan")}, {"step": None},
+            {"world_size": 0}, {"world_size": 2}, {"world_size": True}, {"zero_stage": 4}, {"zero_stage": "2"},
+            {"files": {}}, {"files": {MODEL: {"bytes": 250, "sha256": "0" * 64}}}, {"sha256": "0" * 64}, {"sha256": None},
+        ],
+        ids=str,
+    )  # fmt: skip
+    def test_a_manifest_that_no_run_writes_is_damaged(self, folder, changed):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps(manifest | changed))
+        assert list(problems(folder)) == ["manifest.json"]
+
+    @pytest.mark.parametrize("depth", [20, 100_000])
+    def test_a_manifest_of_nested_lists(self, folder, depth):
+        (folder / "manifest.json").write_text('{"files": ' + "[" * depth + "]" * depth + "}")
+        assert list(problems(folder)) == ["manifest.json"]
+
+    @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/b", "..", ".", "", "a\0b", "a" * 256, "\ud800"])
+    def test_a_manifest_does_not_lead_out_of_its_folder(self, folder, name):
+        secret = b"not a checkpoint's"
+        (folder.parent / "secret").write_bytes(secret)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"] |= entries({name: secret})
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert list(problems(folder)) == ["manifest.json"]
+
+    @pytest.mark.parametrize("size", [-1, True, 250.0, float("nan"), float("inf"), 2**63, 10**400])
+    def test_a_size_that_no_file_has(self, folder, size):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"][MODEL]["bytes"] = size
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert list(problems(folder)) == ["manifest.json"]
 
     @pytest.mark.parametrize(
         "entry", [{}, {"bytes": 250}, {"sha256": "0"}, {"bytes": "250", "sha256": "0"}, None, 3, []]
@@ -158,9 +201,20 @@ class TestFindCheckpoint:
     def test_partial_ones_are_none(self, tmp_path):
         whole = write_checkpoint(tmp_path, 1)
         write_checkpoint(tmp_path, 2).rename(tmp_path / "checkpoints" / "step_0000002.partial")
-        (tmp_path / "checkpoints" / "step_0000003").mkdir()  # no manifest
+        (tmp_path / "checkpoints" / "step_0000003").write_text("no folder")
+        (tmp_path / "checkpoints" / "step_x").mkdir()
         assert list_checkpoints(tmp_path / "checkpoints") == [whole]
         assert find_checkpoint(tmp_path) == whole
+
+    def test_a_step_that_lost_its_manifest_is_damaged_and_not_forgotten(self, tmp_path, caplog):
+        """A folder gets its name when its manifest is in it: without one something was removed."""
+        whole, torn = (write_checkpoint(tmp_path, step) for step in (1, 2))
+        (torn / "manifest.json").unlink()
+        assert list_checkpoints(tmp_path / "checkpoints") == [whole, torn]
+        assert find_checkpoint(tmp_path) == whole
+        assert f"{torn} skipped: manifest.json " in caplog.text
+        with pytest.raises(UserError, match=rf"{torn}: damaged: manifest.json "):
+            find_checkpoint(torn)
 
     def test_a_damaged_step_that_was_named_is_refused_and_says_what(self, folder):
         (folder / MODEL).write_bytes(b"short")
@@ -183,3 +237,16 @@ class TestFindCheckpoint:
         for step in (9_999_999, 10_000_000):
             assert write_checkpoint(tmp_path, step).name == step_name(step)
         assert find_checkpoint(tmp_path).name == "step_10000000"
+
+
+def test_a_damaged_later_step_does_not_push_out_the_one_that_was_saved(tmp_path):
+    """Step 3 was found damaged, the run went on from step 1 and saves step 2, keeping one."""
+    store = CheckpointStore(tmp_path / "checkpoints", keep_last=1)
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, step)
+    saved, damaged = (store.folder / step_name(step) for step in (2, 3))
+    (damaged / MODEL).unlink()
+    partial = saved.rename(f"{saved}.partial")
+    store._commit(partial, saved, json.loads((partial / "manifest.json").read_text()))
+    assert [path.name for path in list_checkpoints(store.folder)] == [saved.name, damaged.name]
+    assert find_checkpoint(tmp_path) == saved

@@ -396,7 +396,7 @@ class TestDeepSpeedFile:
         auto = dict.fromkeys(expected, "auto") | {"bf16": {"enabled": "auto"}}
         content = {"auto": auto, "left out": {}, "agreeing": expected}[style] | {"zero_optimization": {"stage": 2}}
         result = self.load(tmp_path, content, precision=precision)
-        assert result == expected | {"zero_optimization": {"stage": 2}}
+        assert result == expected | {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
 
     def test_other_fields_pass_unchanged(self, tmp_path):
         extra = {
@@ -414,13 +414,14 @@ class TestDeepSpeedFile:
             ({"gradient_accumulation_steps": 1}, "global_batch_size"),
             ({"gradient_clipping": 0.5}, "optimizer.grad_clip"),
             ({"bf16": {"enabled": False}}, "precision"),
+            ({"zero_allow_untested_optimizer": False}, "optimizer"),
         ],
     )
     def test_a_contradiction_names_the_field_and_the_file(self, tmp_path, content, field):
         with pytest.raises(UserError, match=rf"^{re.escape(field)}: .*ds.json"):
             self.load(tmp_path, content | {"zero_optimization": {"stage": 2}})
 
-    @pytest.mark.parametrize("stage", [0, 4, "two", None])
+    @pytest.mark.parametrize("stage", [0, 4, "two", None, True, 2.0])
     def test_an_unsupported_stage_is_refused(self, tmp_path, stage):
         with pytest.raises(UserError, match=rf"zero_optimization.stage {stage}; accepted: 1, 2, 3"):
             self.load(tmp_path, {"zero_optimization": {"stage": stage}})
@@ -439,6 +440,17 @@ class TestDeepSpeedFile:
             ({"bf16": True}, "bf16"),
             ({"bf16": "auto"}, "bf16"),
             ({"zero_optimization": 2}, "zero_optimization"),
+            ("[" * 100_000, "no valid JSON"),
+            (
+                {"zero_optimization": {"stage": 2, "reduce_buket_size": 5}},
+                "not what DeepSpeed accepts: .*reduce_buket_size",
+            ),
+            ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "large"}}, "not what .* reduce_bucket_size"),
+            ({"zero_optimization": {"stage": 2}, "steps_per_print": []}, "steps_per_print"),
+            (
+                {"zero_optimization": {"stage": 2}, "wall_clock_breakdown": 1},
+                "wall_clock_breakdown to 1; accepted: bool",
+            ),
         ],
     )
     def test_a_file_of_another_form_is_refused(self, tmp_path, content, message):
