@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from model.images import grid_scale, make_grid, to_pil
 from model.sampling import SOLVERS, image_seeds
-from training.checkpoint import WEIGHTS, load_pipeline
 from training.errors import UserError, exit_code
+from training.trained_weights import WEIGHTS, load_pipeline
 
 GRID_IMAGES = 100
 

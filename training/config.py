@@ -165,11 +165,13 @@ class CheckpointConfig:
         every: steps between two checkpoints; one is always written at the end.
         keep_last: how many of the newest are kept; 0 keeps all.
         keep_every: checkpoints of steps that are multiples of it are kept for good; 0 for none.
+        asynchronous: whether training goes on while a checkpoint is written; the host's memory then holds a copy of the state.
     """
 
     every: int = 5000
     keep_last: int = 3
     keep_every: int = 0
+    asynchronous: bool = False
 
 
 @dataclass

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from model.vlm import build_tiny_image_processor, load_image_processor
-from training.checkpoint import MANIFEST, MODEL_FOLDER, list_checkpoints
+from training.checkpoint_manifest import MANIFEST, list_checkpoints
 from training.config import TrainingConfig, differences, load_config, save_config
 from training.errors import UserError
 from training.preemption import REQUEUE_FILE, STOP_FILE
@@ -12,6 +12,8 @@ from training.preemption import REQUEUE_FILE, STOP_FILE
 CONFIG_FILE = "config.yaml"
 DATA_FILE = "data.json"
 CHECKPOINTS_FOLDER = "checkpoints"
+MODEL_FOLDER = "model"
+"""The model folder without weights (model/pipeline.py)."""
 RESUME_AUTO, RESUME_NEVER = "auto", "never"
 NETWORK_FIELDS = ("model.", "vlm.", "codec.")
 """What a run that starts from another one's checkpoint must have in common with it."""

@@ -23,7 +23,8 @@ from model.images import grid_scale, make_grid, to_pil, to_uint8
 from model.latte_flow import LatteFlowModel
 from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from model.sampling import image_seeds, initial_noise, sample_latents
-from training.checkpoint import MANIFEST, MODEL_FOLDER, CheckpointStore, list_checkpoints, newest_valid, step_name
+from training.checkpoint import CheckpointStore, newest_valid
+from training.checkpoint_manifest import MANIFEST, list_checkpoints, step_name
 from training.components import build_components, parameter_groups
 from training.config import TrainingConfig, differences, load_config, save_config, to_yaml
 from training.data.datasets import ImageDataset, check_same_data, describe_data, load_image_dataset
@@ -34,7 +35,15 @@ from training.errors import UserError
 from training.health import StepHealth
 from training.metrics import LossMeter, MetricsWriter, expert_gradient_norms
 from training.preemption import StopRequest
-from training.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, DATA_FILE, check_output_dir, origin, write_components
+from training.run_folder import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    DATA_FILE,
+    MODEL_FOLDER,
+    check_output_dir,
+    origin,
+    write_components,
+)
 from training.stragglers import RankTimer
 from training.watchdog import Watchdog
 
@@ -120,8 +129,12 @@ class Trainer:
         self.health = StepHealth(config.health, config.global_batch_size)
         self.timer = RankTimer(self.device)
         self.watchdog = Watchdog(config.health.hang_minutes * 60)
+        settings = config.checkpoint
         self.checkpoints = CheckpointStore(
-            self.output_dir / CHECKPOINTS_FOLDER, config.checkpoint.keep_last, config.checkpoint.keep_every
+            self.output_dir / CHECKPOINTS_FOLDER,
+            settings.keep_last,
+            settings.keep_every,
+            asynchronous=settings.asynchronous,
         )
         self.step = self._resume()
         if self.rank == 0:
@@ -196,7 +209,9 @@ class Trainer:
                 self._draw_samples()
             self._enter("after the step")
             stopped = not last and self.stop.poll(wait=bool(draws))
-            if (last or stopped or self.step % config.checkpoint.every == 0) and not self._save() and (last or stopped):
+            if last or stopped or self.step % config.checkpoint.every == 0:
+                self._save()
+            if (last or stopped) and not self.checkpoints.wait():
                 raise UserError(
                     f"output_dir: the checkpoint of step {self.step}, at which the run ends, could not be written to "
                     f"{self.checkpoints.folder}; the same command resumes from the one before"
@@ -263,7 +278,9 @@ class Trainer:
         self.engine.global_samples -= count * self.config.global_batch_size
         before = self.step - count
         where = "those that the run started with"
-        if before and self._save(skipped=count):
+        if before:
+            self._save(skipped=count)
+        if before and self.checkpoints.wait():
             where = f"in {self.checkpoints.folder / step_name(before)}"
         raise UserError(
             f"health.max_skipped_steps: steps {before + 1} to {self.step}, {count} in a row, were skipped because their loss or "
@@ -368,8 +385,8 @@ class Trainer:
         """How many images of a grid a rank draws: equal shares, so that every rank runs the same modules equally often."""
         return -(-self.config.sample.num_images // self.world_size)
 
-    def _save(self, *, skipped: int = 0) -> bool:
-        """Save a checkpoint; return whether it could be written. Collective.
+    def _save(self, *, skipped: int = 0) -> None:
+        """Save a checkpoint, which may go on in the background. Collective.
 
         Args:
             skipped: save the state before so many steps, all of which were skipped.
@@ -381,7 +398,7 @@ class Trainer:
             "meter": self.meter.state_dict(),
             "health": self.health.state_dict(forget_skipped=skipped),
         }
-        return self.checkpoints.save(self.engine, step, state) is not None
+        self.checkpoints.save(self.engine, step, state)
 
     def _enter(self, phase: str) -> None:
         """Tell the watchdog what this rank begins to do in the step at hand, or after it."""

@@ -6,6 +6,7 @@ Each hook runs in every rank. HOOK_DIR is where it leaves what it has seen.
 import errno
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -160,3 +161,21 @@ def hang_in_step() -> None:
         return train_step(self, wait_for_ever() if (self.rank, self.step + 1) == (rank, step) else batches, **kwargs)
 
     Trainer.train_step = hanging
+
+
+def write_after_later_steps() -> None:
+    """Hold back the write of step 4's files until two more steps are trained: for ever, if training waits for the write."""
+    write, train_step, trained = torch.save, Trainer.train_step, threading.Event()
+
+    def waiting(obj, f, *args, **kwargs):
+        if "step_0000004" in str(f):
+            assert trained.wait(120), "training waits for the write"
+        return write(obj, f, *args, **kwargs)
+
+    def telling(self, *args, **kwargs):
+        norms = train_step(self, *args, **kwargs)
+        if self.step == 6:
+            trained.set()
+        return norms
+
+    torch.save, Trainer.train_step = waiting, telling

@@ -10,7 +10,8 @@ from tests.integration.launching import column, metrics
 from tests.integration.test_preemption import wait_for_steps
 from tests.integration.test_resume import assert_same_metrics
 from tests.integration.test_training import STEPS, assert_weights_equal
-from training.checkpoint import list_checkpoints, read_weights
+from training.checkpoint_manifest import list_checkpoints
+from training.trained_weights import read_weights
 from training.watchdog import EXIT_HUNG
 
 

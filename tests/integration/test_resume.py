@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.integration.launching import column, metrics
 from tests.integration.test_training import STEPS, assert_weights_equal, recorded
-from training.checkpoint import list_checkpoints
+from training.checkpoint_manifest import list_checkpoints
 
 REPRODUCIBLE = ("step", "loss", "loss_group_0", "loss_group_3", "grad_norm", "grad_norm_group_1", "lr", "samples")
 
