@@ -426,6 +426,15 @@ class TestDeepSpeedFile:
         with pytest.raises(UserError, match=rf"zero_optimization.stage {stage}; accepted: 1, 2, 3"):
             self.load(tmp_path, {"zero_optimization": {"stage": stage}})
 
+    @pytest.mark.parametrize(
+        ("section", "name"), [("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")]
+    )
+    def test_what_finds_steps_that_are_not_finite_stays_on(self, tmp_path, section, name):
+        content = {"zero_optimization": {"stage": 2}}
+        content[section] = content.get(section, {}) | {name: False}
+        with pytest.raises(UserError, match=rf"sets {section}.{name} to False; accepted: true"):
+            self.load(tmp_path, content)
+
     @pytest.mark.parametrize("section", ["optimizer", "scheduler", "fp16"])
     def test_what_the_trainer_brings_itself_is_refused(self, tmp_path, section):
         with pytest.raises(UserError, match=f"has '{section}'"):
