@@ -19,10 +19,9 @@ from model.autoencoder import LatentCodec
 from model.context import tokenize_prompts, truncate_prompts
 from model.context_cache import ContextSource, FixedContextCache, PromptEncoder, context_capacity, make_context_source
 from model.flow_matching import flow_matching_loss, interpolate
-from model.images import grid_scale, make_grid, to_pil, to_uint8
+from model.images import to_pil
 from model.latte_flow import LatteFlowModel
 from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
-from model.sampling import image_seeds, initial_noise, sample_latents
 from training.checkpoint import CheckpointStore, newest_valid
 from training.checkpoint_manifest import MANIFEST, list_checkpoints, step_name
 from training.components import build_components, parameter_groups
@@ -30,7 +29,7 @@ from training.config import TrainingConfig, differences, load_config, save_confi
 from training.data.datasets import ImageDataset, check_same_data, describe_data, load_image_dataset
 from training.data.loader import Batch, FlowMatchingSamples, make_loader
 from training.deepspeed_config import load_deepspeed_config, make_batch_layout
-from training.ema import AdamWWithEMA, ema_weights
+from training.ema import AdamWWithEMA
 from training.errors import UserError
 from training.health import StepHealth
 from training.metrics import LossMeter, MetricsWriter, expert_gradient_norms
@@ -44,6 +43,7 @@ from training.run_folder import (
     origin,
     write_components,
 )
+from training.sample_grid import SampleGrid, samples_per_rank
 from training.stragglers import RankTimer
 from training.watchdog import Watchdog
 
@@ -101,7 +101,7 @@ class Trainer:
             self._say(
                 f"data.max_prompt_tokens: {cut} of {len(prompts)} prompts are cut to {config.data.max_prompt_tokens} tokens"
             )
-        self.null_row = len(images.prompts)
+        null_row = len(images.prompts)
         if model_config.variant == "couple":
             self.contexts, self.prompt_inputs = self._make_context_source(vlm, model_config.context_projection), None
         else:
@@ -121,10 +121,11 @@ class Trainer:
             latent_shape=(model_config.latent_channels, *model_config.latent_size),
             seed=config.seed,
             condition_drop=config.data.condition_drop,
-            null_row=self.null_row,
+            null_row=null_row,
             horizontal_flip=config.data.horizontal_flip,
             groups_per_sample=config.groups_per_sample,
         )
+        self.grid = SampleGrid(config.sample, self.codec, self.contexts, self.prompt_inputs, null_row)
         self.meter = LossMeter(experts.num_groups, config.logging.timestep_bins, self.device)
         self.health = StepHealth(config.health, config.global_batch_size)
         self.timer = RankTimer(self.device)
@@ -153,7 +154,7 @@ class Trainer:
                 num_prompts=encoder.num_prompts,
                 bytes_per_prompt=encoder.bytes_per_prompt(),
                 budget=config.vlm.context_cache_gib * 2**30,
-                batch_prompts=max(self.layout.micro_batch_size, self._samples_per_rank + 1),
+                batch_prompts=max(self.layout.micro_batch_size, samples_per_rank(config.sample) + 1),
             )
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -343,47 +344,15 @@ class Trainer:
         return losses["loss"]
 
     def _draw_samples(self) -> None:
-        """Draw the fixed-seed grid from the averaged weights; each rank draws its share. Collective."""
+        """Draw the sample grid and put it into samples/ and TensorBoard. Collective."""
         self._enter("sampling")
-        config, model_config = self.config.sample, self.model.config
-        share = self._samples_per_rank
-        first = self.rank * share
-        rows = torch.cat([torch.arange(first, first + share) % self.null_row, torch.tensor([self.null_row])])
-        noise = initial_noise(
-            image_seeds(config.seed, first, share), (model_config.latent_channels, *model_config.latent_size)
-        )
-        with ema_weights(self.engine), torch.no_grad():
-            if self.contexts is not None:
-                context, rows = self.contexts.lookup(rows)
-            else:
-                distinct, rows = torch.unique(rows.to(self.device), return_inverse=True)
-                context = self.model.encode_context({n: tokens[distinct] for n, tokens in self.prompt_inputs.items()})
-            latents = sample_latents(
-                self.model,
-                noise,
-                context.gather(rows[:-1]),
-                context.gather(rows[-1:]),
-                num_steps=config.num_steps,
-                cfg_scale=config.cfg_scale,
-                solver=config.solver,
-            )
-        images = self.codec.decode(latents).float().contiguous()
-        parts = [torch.empty_like(images) for _ in range(self.world_size)]
-        dist.all_gather(parts, images)
+        grid = self.grid.draw(self.engine)
         if self.writer:
-            pixels = to_uint8(torch.cat(parts)[: config.num_images])
-            columns = min(10 if self.null_row % 10 == 0 else 8, len(pixels))
-            grid = make_grid(pixels, columns, scale=grid_scale(self.config.data.resolution))
             path = self.output_dir / "samples" / f"{step_name(self.step)}.png"
             path.parent.mkdir(exist_ok=True)
             to_pil(grid).save(path)
             self.writer.image(self.step, "samples", grid)
             self.writer.flush()
-
-    @property
-    def _samples_per_rank(self) -> int:
-        """How many images of a grid a rank draws: equal shares, so that every rank runs the same modules equally often."""
-        return -(-self.config.sample.num_images // self.world_size)
 
     def _save(self, *, skipped: int = 0) -> None:
         """Save a checkpoint, which may go on in the background. Collective.
