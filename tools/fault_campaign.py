@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -162,6 +163,7 @@ def main() -> None:
     output = arguments.output.resolve()
     start = DeepSpeedStarter(arguments.ranks, choose_port(arguments.seed))
     campaign = Campaign(start=start, arguments=training, schedule=schedule, ranks=arguments.ranks, output=output)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # through the finally below
     results = []
     try:
         for case in cases:
@@ -173,6 +175,7 @@ def main() -> None:
                 results.append(result)
                 table = write_report(output, plan_of, results)
     finally:
+        campaign.close()
         start.close()
     print(f"\n{table}")
     if any(result.problems for result in results):

@@ -79,6 +79,7 @@ class Start:
         fault: what was done to it; None for the start that is left to finish.
         before: the states of the checkpoints at its beginning (tools/faults/inspection.py).
         resumed_from: the checkpoint that it says it went on from.
+        resumed_wrong: whether that is another one than the newest valid one.
         exit_code: the launcher's; None when it never ended.
         seconds: from the fault to the end of all processes.
         orphans: processes that outlived their killed launcher.
@@ -91,6 +92,7 @@ class Start:
     fault: Fault | None
     before: dict[str, str]
     resumed_from: str | None = None
+    resumed_wrong: bool = False
     exit_code: int | None = None
     seconds: float = 0.0
     orphans: int = 0
@@ -98,6 +100,11 @@ class Start:
     after: dict[str, str] = field(default_factory=dict)
     stopped_at: int | None = None
     requeue: bool = False
+
+    @property
+    def accepted_torn(self) -> bool:
+        """Whether it went on from something that is no valid checkpoint."""
+        return self.resumed_from is not None and self.before.get(self.resumed_from) != VALID
 
 
 @dataclass
@@ -112,20 +119,14 @@ class Result:
     missed: bool = False
     seconds: float = 0.0
 
-    @property
-    def torn_accepted(self) -> int:
-        """How many starts went on from something that is no valid checkpoint."""
-        return sum(s.resumed_from is not None and s.before.get(s.resumed_from) != VALID for s in self.starts)
-
     def to_json(self) -> str:
         """Return this as JSON text."""
-        return json.dumps(asdict(self) | {"torn_accepted": self.torn_accepted}, indent=1)
+        return json.dumps(asdict(self), indent=1)
 
     @staticmethod
     def from_json(text: str) -> "Result":
         """Return what ``to_json`` wrote."""
         fields = json.loads(text)
-        del fields["torn_accepted"]
         case = Case(fields["case"]["number"], tuple(Fault(**f) for f in fields["case"]["faults"]))
         starts = [Start(**s | {"fault": s["fault"] and Fault(**s["fault"])}) for s in fields["starts"]]
         return Result(**fields | {"case": case, "starts": starts})
@@ -152,6 +153,12 @@ class Campaign:
         )
         self.reference = output / "reference"
         self._pace: Pace | None = None
+        self._launches: list[Launch] = []
+
+    def close(self) -> None:
+        """End what is still running, when the campaign itself is interrupted."""
+        for launch in self._launches:
+            kill_group(launch)
 
     @property
     def pace(self) -> "Pace":
@@ -245,7 +252,8 @@ class Campaign:
 
     def _launch(self, script: str, run: Path, log: Path, watch: Watch | None = None, workers: int = 0) -> Launch:
         arguments = [*self.arguments, "--data.num_workers", str(workers), "--output_dir", str(run)]
-        return self.start(script, arguments, log, watch.variables() if watch else {})
+        self._launches = [self.start(script, arguments, log, watch.variables() if watch else {})]
+        return self._launches[0]
 
     def _watch(self, fault: Fault, events: Path) -> Watch:
         return Watch(
@@ -302,7 +310,7 @@ class Campaign:
             # What a user finds: the ranks train on as orphans. Until they are ended, too, a second start of the same command
             # fails at once, for their port is taken.
             time.sleep(fault.orphan_seconds)
-            start.orphans = len(kill_group(launch))
+            start.orphans = len([pid for pid in kill_group(launch) if pid != launch.pid])
         elif not wait_for_end(launch, LIMIT):
             result.problems.append(
                 f"after {fault.action}, {fault.moment}: processes were left that hung for {LIMIT:.0f} s"
@@ -315,7 +323,8 @@ class Campaign:
         start.resumed_from = resumed_from(log)
         trained = start.fault is None or any(e["event"] == "train" for e in read_events(events))
         newest = newest_valid(start.before)
-        if start.resumed_from != newest and (trained or start.resumed_from):
+        start.resumed_wrong = start.resumed_from != newest and bool(trained or start.resumed_from)
+        if start.resumed_wrong:
             state = start.before.get(start.resumed_from, "does not exist") if start.resumed_from else "nothing"
             result.problems.append(
                 f"start {number} went on from {start.resumed_from} ({state}); the newest valid one was {newest}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tools.faults.campaign import Result, Start
+from tools.faults.campaign import Result
 from tools.faults.inspection import VALID
 from tools.faults.moments import RESUME, STEP
 from tools.faults.plan import KILL_MOMENTS, LEAVES, VICTIMS
@@ -36,16 +36,17 @@ def kill_table(results: Sequence[Result]) -> str:
             if here:
                 rows.append([moment, victim, *_counts_of(here)])
     rows.append(["**all**", "", *_counts_of([(n, r) for _, n, r in cells])])
-    columns = (
+    columns = [
         "moment",
         "killed",
         "kills",
-        "torn folders met",
+        "torn met",
         "damaged",
         "torn accepted",
-        "went on from newest valid",
+        "from newest valid",
         "equal",
-    )
+        "left over",
+    ]
     return _markdown(columns, rows)
 
 
@@ -57,20 +58,17 @@ def _counts(result: Result, number: int) -> bool:
 
 
 def _counts_of(cells: list[tuple[int, Result]]) -> list[int]:
-    torn = damaged = accepted = newest = equal = 0
+    torn = damaged = accepted = newest = equal = left = 0
     for number, result in cells:
         following = result.starts[number + 1] if number + 1 < len(result.starts) else None
         torn += sum(state != VALID for state in result.starts[number].after.values())
         damaged += bool(result.starts[number].damaged)
         equal += bool(result.equal) and all(result.equal.values())
+        left += bool(result.left_behind)
         if following:
-            accepted += _accepted_torn(following)
-            newest += not any(text.startswith(f"start {number + 1} went on") for text in result.problems)
-    return [len(cells), torn, damaged, accepted, newest, equal]
-
-
-def _accepted_torn(start: Start) -> bool:
-    return start.resumed_from is not None and start.before.get(start.resumed_from) != VALID
+            accepted += following.accepted_torn
+            newest += not following.resumed_wrong
+    return [len(cells), torn, damaged, accepted, newest, equal, left]
 
 
 def signal_table(results: Sequence[Result]) -> str:
@@ -94,17 +92,17 @@ def signal_table(results: Sequence[Result]) -> str:
                     "; ".join(result.problems) or "-",
                 ]
             )
-    columns = (
+    columns = [
         "signal",
         "moment",
-        "data workers a rank",
+        "data workers",
         "checkpoint",
         "exit code",
-        "marker",
+        "requeue",
         "went on from",
         "equal",
         "broken",
-    )
+    ]
     return _markdown(columns, rows)
 
 
