@@ -2,8 +2,9 @@
 
 import multiprocessing
 import os
+import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 
 import pytest
@@ -12,12 +13,14 @@ from tests.integration.conftest import REDUCED
 from tests.integration.launching import SERVER, _become, environment, free_port
 from tools.fault_campaign import training_arguments
 from tools.faults.campaign import Campaign
+from tools.faults.inspection import step_of
 from tools.faults.moments import DATA, GRID, HALF_SHARD, STEP
-from tools.faults.plan import STOP_FILE, TERM, TERM_TWICE, USR1, Schedule, kill_cases, signal_cases
+from tools.faults.plan import STOP_FILE, TERM, USR1, USR1_TWICE, Schedule, kill_cases, signal_cases
 from training.config import parse_config
 
 RANKS = 2
 SEED = 0
+FIRST_SIGNAL_RUN = 100
 
 
 @dataclass
@@ -95,13 +98,13 @@ def test_a_reduced_campaign_of_kills_loses_nothing(campaign):
     assert all(result.equal == {"weights": True, "metrics": True, "grids": True} for result in results)
 
 
-@pytest.mark.parametrize(
-    "chain",
-    [
-        pytest.param([(TERM, HALF_SHARD), (USR1, STEP), (STOP_FILE, GRID), (TERM, DATA)], id="once"),
-        pytest.param([(TERM_TWICE, STEP)], id="twice"),
-    ],
-)
-def test_signals_in_each_moment_lead_to_a_checkpoint_and_a_requeue(campaign, chain):
+def test_signals_and_the_stop_file_lead_to_a_checkpoint_and_a_requeue(campaign):
+    """In a save, a step, a grid and a wait for data, with and without data workers; a second signal ends the run at once."""
+    chain = [(TERM, HALF_SHARD), (USR1_TWICE, STEP), (STOP_FILE, GRID), (USR1, DATA)]
     (case,) = signal_cases(campaign.schedule, ranks=RANKS, chains=[chain])
-    assert campaign.run(case).problems == []
+    result = campaign.run(replace(case, number=FIRST_SIGNAL_RUN))
+    assert result.problems == []
+    assert [start.stopped_at for start in result.starts] == [4, 4, 9, 11, 12]
+    assert [start.exit_code for start in result.starts] == [75, 128 + signal.SIGUSR1, 75, 75, 0]
+    assert [start.requeue for start in result.starts] == [True, False, True, True, False]
+    assert [start.resumed_from and step_of(start.resumed_from) for start in result.starts] == [None, 4, 4, 9, 11]

@@ -201,9 +201,9 @@ class Campaign:
             begin = time.monotonic()
             result = self._run(case, folder)
             result.seconds = time.monotonic() - begin
-            if not result.missed:
+            if result.problems or not result.missed:
                 break
-        if result.missed:
+        if result.missed and not result.problems:
             result.problems.append(f"no fault was put into its moment in {ATTEMPTS} attempts: nothing is shown")
         (folder / "result.json").write_text(result.to_json())
         if not result.problems:
@@ -292,7 +292,8 @@ class Campaign:
             # After a fault whose victims trained on for longer than planned, this one's moment may lie in the past.
             result.missed = start.exit_code == 0
             if not result.missed:
-                result.problems.append(f"{fault.moment}, step {fault.step}: never came, exit code {start.exit_code}")
+                ended = f"the start ended before, with {start.exit_code}: see {events.with_suffix('.log').name}"
+                result.problems.append(f"{fault.moment}, step {fault.step}: {ended}")
             return
         window = {LAUNCH: self.pace.startup_seconds, ANYWHERE: self.pace.interval_seconds}.get(
             fault.moment, min(fault.seconds, KILL_SECONDS)
