@@ -27,8 +27,9 @@ from model.vlm import build_tiny_image_processor, load_image_processor
 from training.checkpoint import MODEL_FOLDER, CheckpointStore, step_name
 from training.components import build_components, parameter_groups
 from training.config import TrainingConfig, differences, load_config, save_config, to_yaml
-from training.data.datasets import ImageDataset, check_same_data, describe_data, load_image_dataset
+from training.data.datasets import ImageDataset, load_image_dataset
 from training.data.loader import Batch, FlowMatchingSamples, make_loader
+from training.data.record import check_same_data, read_record, verify_data, write_record
 from training.deepspeed_config import load_deepspeed_config, make_batch_layout
 from training.ema import AdamWWithEMA, ema_weights
 from training.errors import UserError
@@ -59,8 +60,11 @@ class Trainer:
         self._check_output_dir()
         self.stop = StopRequest(self.output_dir, self.device)
         images = load_image_dataset(config.data)
-        check_same_data(images, self.output_dir / DATA_FILE)
-        self.data_description = describe_data(images)
+        data_file = self.output_dir / DATA_FILE
+        data_record = read_record(data_file)
+        data_are_new = check_same_data(images, data_record, allow_changed=config.data.allow_changed)
+        if data_are_new:
+            verify_data(images)
         vlm, self.tokenizer, codec, model_config, self.pipeline_config = build_components(
             config, images, self.output_dir / MODEL_FOLDER
         )
@@ -120,6 +124,13 @@ class Trainer:
         if self.rank == 0:
             # max_steps and the like may differ from what the run had so far.
             save_config(self.config, self.output_dir / CONFIG_FILE)
+            if data_are_new:
+                write_record(images, data_file, data_record, self.step)
+        if data_are_new and data_record:
+            self._say(
+                f"data.allow_changed: {images.name} has changed (fingerprint {data_record['fingerprint']} before, "
+                f"{images.fingerprint} now); the run goes on with the changed data"
+            )
         self.writer = MetricsWriter(self.output_dir, self.step) if self.rank == 0 else None
         self._say(self._describe(images))
 
@@ -348,8 +359,6 @@ class Trainer:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if not (self.output_dir / CONFIG_FILE).exists():
             save_config(self.config, self.output_dir / CONFIG_FILE)
-        if not (self.output_dir / DATA_FILE).exists():
-            (self.output_dir / DATA_FILE).write_text(self.data_description)
         # pipeline.json is written last: without it the folder is incomplete.
         if not (self.output_dir / MODEL_FOLDER / PIPELINE_FILE).exists():
             path = self.config.vlm.path

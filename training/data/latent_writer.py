@@ -16,7 +16,15 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from training.data.latents import COMMAND, MANIFEST_FILE, SETTINGS_FILE, latent_columns, shard_name
+from training.data.latents import (
+    COMMAND,
+    MANIFEST_FILE,
+    SETTINGS_FILE,
+    STATE_FILE,
+    latent_columns,
+    shard_name,
+    state_fingerprint,
+)
 from training.errors import UserError
 
 PARTIAL = ".partial-"
@@ -158,14 +166,14 @@ class LatentWriter:
         write_durably(self.folder / "dataset_info.json", _json({"features": info.features.to_dict()}))
         state = {
             "_data_files": [{"filename": shard["file"]} for shard in shards],
-            "_fingerprint": hashlib.sha256(text).hexdigest()[:16],
+            "_fingerprint": state_fingerprint(text),
             "_format_columns": None,
             "_format_kwargs": {},
             "_format_type": None,
             "_output_all_columns": False,
             "_split": "train",
         }
-        write_durably(self.folder / "state.json", _json(state))
+        write_durably(self.folder / STATE_FILE, _json(state))
         write_durably(self.folder / MANIFEST_FILE, text)
         return manifest
 
