@@ -36,8 +36,8 @@ RESIDUAL_SPACES = ("logits", "probabilities")
 REFERENCE_MAX_TOKENS = 256
 """``auto`` materialises maps up to this many image tokens; above, N^2 memory outweighs what a fused kernel costs to feed."""
 FLASH_MAX_HEAD_DIM = 256
-FLASH_DTYPES = (torch.float16, torch.bfloat16)
 """Largest head_dim of flash-attn 2; the concatenated heads of a residual layer are twice the model's."""
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)

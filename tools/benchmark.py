@@ -381,9 +381,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="FILE", help="where to write the rows as JSON")
     parser.add_argument("--batch_size", type=int, help="default: by size")
     parser.add_argument("--steps", type=int, help="of sampling, training, or repeats; default: by size")
-    parser.add_argument(
-        "--local_rank", help=argparse.SUPPRESS
-    )  # the deepspeed launcher's; it is in the environment too
+    # Set by the deepspeed launcher, which puts it into the environment too.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     return parser
 
 

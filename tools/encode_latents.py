@@ -314,9 +314,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--wait_minutes", type=float, default=60.0, help="rank 0 gives up on others after (default: 60)"
     )
-    parser.add_argument(
-        "--local_rank", help=argparse.SUPPRESS
-    )  # the deepspeed launcher names it here and in the environment
+    # Set by the deepspeed launcher, which puts it into the environment too.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     return parser
 
 

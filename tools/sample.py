@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from model.images import grid_scale, make_grid, to_pil
 from model.sampling import SOLVERS, image_seeds
-from training.checkpoint import WEIGHTS, load_pipeline
 from training.errors import UserError, exit_code
+from training.trained_weights import WEIGHTS, load_pipeline
 
 GRID_IMAGES = 100
 
@@ -147,9 +147,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", choices=WEIGHTS, default="ema", help="averaged or trained weights (default: ema)")
     parser.add_argument("--device", help="cpu or cuda; default: cuda when there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
-    parser.add_argument(
-        "--local_rank", help=argparse.SUPPRESS
-    )  # the deepspeed launcher's; it is in the environment too
+    # Set by the deepspeed launcher, which puts it into the environment too.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     return parser
 
 

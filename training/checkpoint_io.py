@@ -1,5 +1,6 @@
 """How DeepSpeed's files are written and read: a failed write does not end the run, and reading executes nothing."""
 
+import copy
 import os
 import pickle
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
+from torch import Tensor
 
 from training.errors import UserError
 
@@ -36,10 +38,41 @@ class TolerantCheckpointEngine(TorchCheckpointEngine):
         except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
             self.errors.append(f"{Path(path).name}: {str(error).splitlines()[0]}")
 
-    def take_errors(self) -> list[str]:
-        """Return the errors since the last call."""
+    def finish(self) -> list[str]:
+        """Write what has not been written yet; return the errors since the last call."""
         errors, self.errors = self.errors, []
         return errors
+
+
+class DeferringCheckpointEngine(TolerantCheckpointEngine):
+    """DeepSpeed's writer of files, which keeps a copy of what is to be written, in the host's memory, until ``finish``."""
+
+    def __init__(self, config_params=None):
+        super().__init__(config_params)
+        self._kept: list[tuple[dict, str]] = []
+
+    def save(self, state_dict, path: str) -> None:
+        """Copy the state; training may change it afterwards."""
+        self._kept.append((_copy_to_host(state_dict), path))
+
+    def finish(self) -> list[str]:
+        """Write what was kept, and let go of it; return the errors."""
+        kept, self._kept = self._kept, []
+        while kept:
+            state, path = kept.pop(0)
+            super().save(state, path)
+        return super().finish()
+
+
+def _copy_to_host(value):
+    """Return a copy whose tensors are on the CPU and share nothing with the original."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return type(value)((key, _copy_to_host(item)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(_copy_to_host(item) for item in value)
+    return copy.deepcopy(value)
 
 
 @contextmanager

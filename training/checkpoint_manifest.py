@@ -1,22 +1,38 @@
-"""manifest.json of a checkpoint: what belongs to it, and how a damaged manifest is told from what ``save`` writes.
+"""What a checkpoint on a disk is: a folder of one step whose manifest.json verifies.
 
 A manifest is read before anything else is trusted, so nothing in it is followed that could not be a checkpoint's.
 """
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from training.errors import UserError
 from training.zero_shards import OPTIMIZER_SUFFIX
 
 MANIFEST = "manifest.json"
+PARTIAL_SUFFIX = ".partial"
+"""Of a folder that is being written."""
+STEP_FOLDER = re.compile(r"step_\d{7,}")
 FILE_NAME = re.compile(r"[\w-][\w.-]{0,254}", re.ASCII)
 """What files of a checkpoint are called: in the folder itself, so a manifest cannot lead out of it."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 OWN_DIGEST = "sha256"
 """The key under which a manifest has the SHA-256 of its own content; those of older versions have none."""
+
+
+def step_name(step: int) -> str:
+    """Return the folder name of a step's checkpoint."""
+    return f"step_{step:07d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the folders of a run's steps, oldest first; partial ones are none. One without a manifest is a damaged one."""
+    paths = [path for path in folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
+    return sorted(paths, key=lambda path: (len(path.name), path.name))  # step_10000000 comes after step_9999999
 
 
 def read_manifest(path: Path) -> dict:
@@ -31,6 +47,42 @@ def read_manifest(path: Path) -> dict:
         return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path / MANIFEST}: missing or damaged ({error})") from error
+
+
+def check_files(
+    path: Path, share: Callable[[list[str]], list[str]] = list, *, contents: bool = True
+) -> Iterator[tuple[str, str]]:
+    """Yield (file name, problem) for each of this rank's share of the files that is not what the manifest says.
+
+    Args:
+        path: a checkpoint's folder.
+        share: list of files -> the part of it to look at.
+        contents: whether to read the files, too.
+    """
+    try:
+        files = read_manifest(path)["files"]
+    except UserError as error:
+        yield MANIFEST, str(error)
+        return
+    for name in share(sorted(files)):
+        entry, file = files[name], path / name
+        try:
+            if not file.is_file():
+                yield name, "is missing"
+            elif file.stat().st_size != entry["bytes"]:
+                yield name, f"has {file.stat().st_size} bytes instead of {entry['bytes']}"
+            elif contents and describe_file(file)["sha256"] != entry["sha256"]:
+                yield name, "has another SHA-256 than the manifest"
+        except OSError as error:  # a rank that raised here would leave the others in a collective
+            yield name, f"cannot be read: {error.strerror}"
+
+
+def describe_file(path: Path) -> dict:
+    """Return what a manifest says of a file, once it is on the disk for good."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        os.fsync(stream.fileno())
+    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def manifest_digest(manifest: dict) -> str:

@@ -167,11 +167,30 @@ class CheckpointConfig:
         every: steps between two checkpoints; one is always written at the end.
         keep_last: how many of the newest are kept; 0 keeps all.
         keep_every: checkpoints of steps that are multiples of it are kept for good; 0 for none.
+        asynchronous: whether training goes on while a checkpoint is written; the host's memory then holds a copy of the state.
     """
 
     every: int = 5000
     keep_last: int = 3
     keep_every: int = 0
+    asynchronous: bool = False
+
+
+@dataclass
+class HealthConfig:
+    """What is watched while a run trains.
+
+    Args:
+        max_skipped_steps: so many steps in a row whose loss or gradient is not finite end the run; fewer are skipped and counted.
+        spike_ratio: a step whose loss is more than so many times the median of the steps before is reported as a spike.
+        spike_window: how many steps the median is over.
+        hang_minutes: a run in which a rank has not moved on for so long ends and says which, and where it stands.
+    """
+
+    max_skipped_steps: int = 10
+    spike_ratio: float = 3.0
+    spike_window: int = 100
+    hang_minutes: float = 15.0
 
 
 @dataclass
@@ -215,6 +234,8 @@ class TrainingConfig:
     Args:
         output_dir: where everything is written; the same command again resumes what is there.
         deepspeed: DeepSpeed's JSON configuration; its "auto" fields are filled from here.
+        resume: auto, go on from the newest valid checkpoint of output_dir; never, refuse an output_dir that has checkpoints; or a
+            checkpoint of another run, which a new output_dir starts from.
         seed: of everything random; each draw depends on the seed and the sample's global index alone.
         max_steps: optimizer steps of the whole run.
         global_batch_size: samples per optimizer step over all ranks.
@@ -227,6 +248,7 @@ class TrainingConfig:
 
     output_dir: str = "runs/latte_flow"
     deepspeed: str = "ds_configs/zero2.json"
+    resume: str = "auto"
     seed: int = 0
     max_steps: int = 240_000
     global_batch_size: int = 2048
@@ -238,6 +260,7 @@ class TrainingConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     model: dict = field(default_factory=dict)
@@ -247,6 +270,10 @@ class TrainingConfig:
             "max_steps": self.max_steps,
             "global_batch_size": self.global_batch_size,
             "checkpoint.every": self.checkpoint.every,
+            "health.max_skipped_steps": self.health.max_skipped_steps,
+            "health.spike_ratio": self.health.spike_ratio,
+            "health.spike_window": self.health.spike_window,
+            "health.hang_minutes": self.health.hang_minutes,
             "logging.every": self.logging.every,
             "logging.timestep_bins": self.logging.timestep_bins,
             "data.resolution": self.data.resolution,
@@ -519,11 +546,13 @@ def _plain(value):
 RESUMABLE_CHANGES = (
     "output_dir",
     "deepspeed",
+    "resume",
     "max_steps",
     "micro_batch_size",
     "data.num_workers",
     "data.allow_changed",
     "checkpoint",
+    "health",
     "logging",
     "sample",
     "model.attention_backend",

@@ -86,6 +86,9 @@ def load_deepspeed_config(config: TrainingConfig, layout: BatchLayout) -> dict:
     for key in ("optimizer", "scheduler", "fp16"):
         if key in result:
             raise UserError(f"deepspeed: {path} has {key!r}; accepted: none, training/main.py brings its own")
+    for section, name in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
+        if result.get(section, {}).get(name, True) is not True:  # a step that is not finite would be taken
+            raise UserError(f"deepspeed: {path} sets {section}.{name} to {result[section][name]!r}; accepted: true")
     for key, kind in UNCHECKED.items():
         if key in result and (type(result[key]) is not kind or result[key] < 0):
             raise UserError(f"deepspeed: {path} sets {key} to {result[key]!r}; accepted: {kind.__name__}, not negative")

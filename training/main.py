@@ -10,6 +10,7 @@ With --dry_run it prints what the run would cost and stops; that needs no launch
 
 import os
 import sys
+from datetime import timedelta
 
 import deepspeed
 import torch.distributed as dist
@@ -30,7 +31,9 @@ def main() -> None:
         return
     # Before anything asks for the current device: DeepSpeed itself sets it only when it builds the engine.
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    deepspeed.init_distributed()
+    # Longer than the watchdog's patience: it says who hangs, a collective's own timeout does not.
+    patience = timedelta(minutes=command.config.health.hang_minutes + 10)
+    deepspeed.init_distributed(timeout=patience)
     finished = Trainer(command.config).train()
     # Only here: after an error on one rank NCCL would wait, before the traceback is out, for others that wait in a collective.
     dist.destroy_process_group()

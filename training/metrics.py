@@ -1,6 +1,7 @@
 """What a run reports: losses by group and timestep, gradient norms, gates, throughput; to metrics.jsonl and TensorBoard."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -33,14 +34,14 @@ class LossMeter:
         self.totals[1].index_add_(0, columns, torch.ones_like(columns, dtype=torch.float64))
 
     def compute(self) -> dict[str, float]:
-        """Return the mean losses over all ranks since the last call, and start again. Collective."""
+        """Return the mean losses over all ranks since the last call, and start again; NaN where there were none. Collective."""
         totals = self.totals.clone()
         if dist.is_initialized():
             dist.all_reduce(totals)
         self.totals.zero_()
         sums, counts = totals.tolist()
         k = self.num_groups
-        metrics = {"loss": sum(sums[:k]) / max(sum(counts[:k]), 1)}
+        metrics = {"loss": sum(sums[:k]) / sum(counts[:k]) if sum(counts[:k]) else math.nan}
         metrics |= {f"loss_group_{g}": sums[g] / counts[g] for g in range(k) if counts[g]}
         width = NUM_TRAIN_TIMESTEPS / self.timestep_bins
         for i in range(self.timestep_bins):
@@ -96,12 +97,20 @@ class MetricsWriter:
             os.replace(partial, self.path)
         self.writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step + 1)
 
-    def scalars(self, step: int, metrics: dict[str, float]) -> None:
-        """Log one step's numbers."""
+    def scalars(self, step: int, metrics: dict) -> None:
+        """Log one step's numbers; what is no number, such as a list of events, goes to metrics.jsonl only.
+
+        Numbers that are not finite become null: JSON has no others.
+        """
+        entry = {"step": step} | {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in metrics.items()
+        }
         with self.path.open("a") as stream:
-            stream.write(json.dumps({"step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self.writer.add_scalar(_tensorboard_tag(name), value, step)
+            stream.write(json.dumps(entry) + "\n")
+        for name, value in entry.items():
+            if name != "step" and isinstance(value, int | float):
+                self.writer.add_scalar(_tensorboard_tag(name), value, step)
 
     def gates(self, step: int, gates: dict[int, Tensor]) -> None:
         """Log the gate values of each layer [B, H]: the mean per layer, and the distribution over heads and timesteps."""
@@ -132,6 +141,8 @@ def _tensorboard_tag(name: str) -> str:
         ("loss_group_", "loss_per_group/"),
         ("loss_tau_", "loss_per_timestep/"),
         ("grad_norm_", "grad_norm_per_group/"),
+        ("rank_", "ranks/"),
+        ("slowest_rank", "ranks/slowest"),
     ):
         if name.startswith(prefix):
             return card + name.removeprefix(prefix)

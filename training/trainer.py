@@ -19,25 +19,34 @@ from model.autoencoder import LatentCodec
 from model.context import tokenize_prompts, truncate_prompts
 from model.context_cache import ContextSource, FixedContextCache, PromptEncoder, context_capacity, make_context_source
 from model.flow_matching import flow_matching_loss, interpolate
-from model.images import grid_scale, make_grid, to_pil, to_uint8
+from model.images import to_pil
 from model.latte_flow import LatteFlowModel
 from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
-from model.sampling import image_seeds, initial_noise, sample_latents
-from model.vlm import build_tiny_image_processor, load_image_processor
-from training.checkpoint import MODEL_FOLDER, CheckpointStore, step_name
+from training.checkpoint import CheckpointStore, newest_valid
+from training.checkpoint_manifest import MANIFEST, list_checkpoints, step_name
 from training.components import build_components, parameter_groups
 from training.config import TrainingConfig, differences, load_config, save_config, to_yaml
 from training.data.datasets import ImageDataset, load_image_dataset
 from training.data.loader import Batch, FlowMatchingSamples, make_loader
-from training.data.record import check_same_data, read_record, verify_data, write_record
+from training.data.record import DataRecord
 from training.deepspeed_config import load_deepspeed_config, make_batch_layout
-from training.ema import AdamWWithEMA, ema_weights
+from training.ema import AdamWWithEMA
 from training.errors import UserError
+from training.health import StepHealth
 from training.metrics import LossMeter, MetricsWriter, expert_gradient_norms
-from training.preemption import REQUEUE_FILE, STOP_FILE, StopRequest
-
-CONFIG_FILE = "config.yaml"
-DATA_FILE = "data.json"
+from training.preemption import StopRequest
+from training.run_folder import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    DATA_FILE,
+    MODEL_FOLDER,
+    check_output_dir,
+    origin,
+    write_components,
+)
+from training.sample_grid import SampleGrid, samples_per_rank
+from training.stragglers import RankTimer
+from training.watchdog import Watchdog
 
 
 class Trainer:
@@ -57,16 +66,16 @@ class Trainer:
         self.device = torch.device(get_accelerator().current_device_name())
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
 
-        self._check_output_dir()
+        check_output_dir(config)
+        self.origin = origin(config)
+        dist.barrier()  # nobody writes before all have looked
         self.stop = StopRequest(self.output_dir, self.device)
         images = load_image_dataset(config.data)
-        data_file = self.output_dir / DATA_FILE
-        data_record = read_record(data_file)
-        data_are_new = check_same_data(images, data_record, allow_changed=config.data.allow_changed)
-        if data_are_new:
-            verify_data(images)
-        vlm, self.tokenizer, codec, model_config, self.pipeline_config = build_components(
-            config, images, self.output_dir / MODEL_FOLDER
+        data_record = DataRecord(images, self.output_dir / DATA_FILE, allow_changed=config.data.allow_changed)
+        data_record.verify()
+        is_new = not (self.output_dir / MODEL_FOLDER / PIPELINE_FILE).is_file()
+        vlm, self.tokenizer, codec, model_config, pipeline_config = build_components(
+            config, images, (self.origin if self.origin and is_new else self.output_dir) / MODEL_FOLDER
         )
         experts = model_config.timestep_experts()
         self.layout = make_batch_layout(
@@ -94,7 +103,7 @@ class Trainer:
             self._say(
                 f"data.max_prompt_tokens: {cut} of {len(prompts)} prompts are cut to {config.data.max_prompt_tokens} tokens"
             )
-        self.null_row = len(images.prompts)
+        null_row = len(images.prompts)
         if model_config.variant == "couple":
             self.contexts, self.prompt_inputs = self._make_context_source(vlm, model_config.context_projection), None
         else:
@@ -102,7 +111,9 @@ class Trainer:
             tokens = tokenize_prompts(self.tokenizer, self.messages)
             self.prompt_inputs = {name: t.to(self.device) for name, t in tokens.items()}
         if self.rank == 0:
-            self._write_components(model, vlm)
+            pipeline = LatteFlowPipeline(model, vlm, self.tokenizer, self.codec, pipeline_config)
+            write_components(config, pipeline)
+            model.train()
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
         self.model: LatteFlowModel = self.engine.module
 
@@ -112,25 +123,27 @@ class Trainer:
             latent_shape=(model_config.latent_channels, *model_config.latent_size),
             seed=config.seed,
             condition_drop=config.data.condition_drop,
-            null_row=self.null_row,
+            null_row=null_row,
             horizontal_flip=config.data.horizontal_flip,
             groups_per_sample=config.groups_per_sample,
         )
+        self.grid = SampleGrid(config.sample, self.codec, self.contexts, self.prompt_inputs, null_row)
         self.meter = LossMeter(experts.num_groups, config.logging.timestep_bins, self.device)
+        self.health = StepHealth(config.health, config.global_batch_size)
+        self.timer = RankTimer(self.device)
+        self.watchdog = Watchdog(config.health.hang_minutes * 60)
+        settings = config.checkpoint
         self.checkpoints = CheckpointStore(
-            self.output_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every
+            self.output_dir / CHECKPOINTS_FOLDER,
+            settings.keep_last,
+            settings.keep_every,
+            asynchronous=settings.asynchronous,
         )
         self.step = self._resume()
         if self.rank == 0:
             # max_steps and the like may differ from what the run had so far.
             save_config(self.config, self.output_dir / CONFIG_FILE)
-            if data_are_new:
-                write_record(images, data_file, data_record, self.step)
-        if data_are_new and data_record:
-            self._say(
-                f"data.allow_changed: {images.name} has changed (fingerprint {data_record['fingerprint']} before, "
-                f"{images.fingerprint} now); the run goes on with the changed data"
-            )
+            data_record.update(self.step)
         self.writer = MetricsWriter(self.output_dir, self.step) if self.rank == 0 else None
         self._say(self._describe(images))
 
@@ -144,7 +157,7 @@ class Trainer:
                 num_prompts=encoder.num_prompts,
                 bytes_per_prompt=encoder.bytes_per_prompt(),
                 budget=config.vlm.context_cache_gib * 2**30,
-                batch_prompts=max(self.layout.micro_batch_size, self._samples_per_rank + 1),
+                batch_prompts=max(self.layout.micro_batch_size, samples_per_rank(config.sample) + 1),
             )
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -184,6 +197,7 @@ class Trainer:
             mininterval=1.0,
         )
         self._logged_step, self._logged_time = self.step, time.perf_counter()
+        self.watchdog.start()
         stopped = False
         while self.step < config.max_steps and not stopped:
             logs = (self.step + 1) % config.logging.every == 0 or self.step + 1 == config.max_steps
@@ -192,16 +206,22 @@ class Trainer:
             last = self.step == config.max_steps
             if logs:
                 progress.set_postfix(loss=f"{self._log(gradient_norms):.4f}")
+            if self.health.skipped_in_a_row >= config.health.max_skipped_steps:
+                self._give_up()
             draws = config.sample.every and (last or self.step % config.sample.every == 0)
             if draws:
                 self._draw_samples()
+            self._enter("after the step")
             stopped = not last and self.stop.poll(wait=bool(draws))
-            if (last or stopped or self.step % config.checkpoint.every == 0) and not self._save() and (last or stopped):
+            if last or stopped or self.step % config.checkpoint.every == 0:
+                self._save()
+            if (last or stopped) and not self.checkpoints.wait():
                 raise UserError(
                     f"output_dir: the checkpoint of step {self.step}, at which the run ends, could not be written to "
                     f"{self.checkpoints.folder}; the same command resumes from the one before"
                 )
         progress.close()
+        self.watchdog.stop()
         if self.writer:
             self.writer.close()
         self.stop.finish(stopped=stopped)
@@ -221,17 +241,56 @@ class Trainer:
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        norms = {}
+        norms, trained, skipped_before = {}, [], self.engine.skipped_steps
         for micro_step in range(self.layout.accumulation_steps):
-            batch = next(batches).to(self.device)
-            losses = self.compute_losses(batch)
-            self.meter.update(losses, batch.groups, batch.timesteps)
+            self._enter("data")
+            with self.timer.on_host():
+                batch = next(batches).to(self.device)
+            self._enter("forward")
+            with self.timer.on_device():
+                losses = self.compute_losses(batch)
+            self._enter("backward")
             self.engine.backward(losses.mean())
+            trained.append((losses.detach(), batch.groups, batch.timesteps, batch.sample_indices))
             if report_gradients and micro_step == self.layout.accumulation_steps - 1:
                 norms = expert_gradient_norms(self.engine, self.group_labels)
+            self._enter("optimizer step")
             self.engine.step()
         self.step += 1
+        losses = torch.cat([losses for losses, *_ in trained])
+        if self.engine.skipped_steps > skipped_before:  # the same on all ranks: DeepSpeed asks all of them
+            entry = self.health.step_skipped(self.step, losses, torch.cat([indices for *_, indices in trained]))
+            self._say(f"step {self.step} skipped, its loss or gradient is not finite: {entry}")
+            return {}
+        for losses_of_rows, groups, timesteps, _ in trained:
+            self.meter.update(losses_of_rows, groups, timesteps)
+        self.health.step_done(self.step, losses)
         return norms
+
+    def _give_up(self) -> None:
+        """End a run whose newest steps were all skipped, with a checkpoint of the state before them.
+
+        Raises:
+            UserError: always.
+        """
+        count = self.health.skipped_in_a_row
+        if self.step % self.config.logging.every:
+            self._log({})
+        # Skipped steps have left the weights as they were; only counters have moved.
+        self.engine.global_steps -= count
+        self.engine.skipped_steps -= count
+        self.engine.global_samples -= count * self.config.global_batch_size
+        before = self.step - count
+        where = "those that the run started with"
+        if before:
+            self._save(skipped=count)
+        if before and self.checkpoints.wait():
+            where = f"in {self.checkpoints.folder / step_name(before)}"
+        raise UserError(
+            f"health.max_skipped_steps: steps {before + 1} to {self.step}, {count} in a row, were skipped because their loss or "
+            f"gradient is not finite (samples in metrics.jsonl); the weights before them are {where}; accepted: mended data, or "
+            "another output_dir with --resume CHECKPOINT and a smaller optimizer.lr"
+        )
 
     def compute_losses(self, batch: Batch) -> Tensor:
         """Return the flow-matching loss of each row of a batch, [rows] (paper Eq. 1)."""
@@ -257,12 +316,19 @@ class Trainer:
 
     def _log(self, gradient_norms: dict[str, Tensor]) -> float:
         """Report the steps since the last report; return their mean loss. Collective."""
+        self._enter("logging")
         losses = self.meter.compute()
+        health = self.health.report()
         with torch.no_grad():  # on every rank: under ZeRO-3 running a module gathers its weights, a collective
             gates = self.model.gate_values(torch.linspace(1000, 0, 21, device=self.device))
         now = time.perf_counter()
         steps, seconds = self.step - self._logged_step, now - self._logged_time
         self._logged_step, self._logged_time = self.step, now
+        ranks = self.timer.report(steps)
+        for spike in health.get("loss_spikes", []):
+            self._say(
+                "loss spike: step {step} has loss {loss:.4g}, {ratio:.3g} times the median before".format(**spike)
+            )
         if self.writer:
             metrics = {
                 **losses,
@@ -272,6 +338,8 @@ class Trainer:
                 "samples": self.step * self.config.global_batch_size,
                 "skipped_steps": self.engine.skipped_steps,
                 "failed_saves": self.checkpoints.failed_saves,
+                **health,
+                **ranks,
             }
             metrics |= {f"grad_norm_{label}": float(norm) for label, norm in gradient_norms.items()}
             self.writer.scalars(self.step, metrics)
@@ -279,93 +347,53 @@ class Trainer:
         return losses["loss"]
 
     def _draw_samples(self) -> None:
-        """Draw the fixed-seed grid from the averaged weights; each rank draws its share. Collective."""
-        config, model_config = self.config.sample, self.model.config
-        share = self._samples_per_rank
-        first = self.rank * share
-        rows = torch.cat([torch.arange(first, first + share) % self.null_row, torch.tensor([self.null_row])])
-        noise = initial_noise(
-            image_seeds(config.seed, first, share), (model_config.latent_channels, *model_config.latent_size)
-        )
-        with ema_weights(self.engine), torch.no_grad():
-            if self.contexts is not None:
-                context, rows = self.contexts.lookup(rows)
-            else:
-                distinct, rows = torch.unique(rows.to(self.device), return_inverse=True)
-                context = self.model.encode_context({n: tokens[distinct] for n, tokens in self.prompt_inputs.items()})
-            latents = sample_latents(
-                self.model,
-                noise,
-                context.gather(rows[:-1]),
-                context.gather(rows[-1:]),
-                num_steps=config.num_steps,
-                cfg_scale=config.cfg_scale,
-                solver=config.solver,
-            )
-        images = self.codec.decode(latents).float().contiguous()
-        parts = [torch.empty_like(images) for _ in range(self.world_size)]
-        dist.all_gather(parts, images)
+        """Draw the sample grid and put it into samples/ and TensorBoard. Collective."""
+        self._enter("sampling")
+        grid = self.grid.draw(self.engine)
         if self.writer:
-            pixels = to_uint8(torch.cat(parts)[: config.num_images])
-            columns = min(10 if self.null_row % 10 == 0 else 8, len(pixels))
-            grid = make_grid(pixels, columns, scale=grid_scale(self.config.data.resolution))
             path = self.output_dir / "samples" / f"{step_name(self.step)}.png"
             path.parent.mkdir(exist_ok=True)
             to_pil(grid).save(path)
             self.writer.image(self.step, "samples", grid)
             self.writer.flush()
 
-    @property
-    def _samples_per_rank(self) -> int:
-        """How many images of a grid a rank draws: equal shares, so that every rank runs the same modules equally often."""
-        return -(-self.config.sample.num_images // self.world_size)
+    def _save(self, *, skipped: int = 0) -> None:
+        """Save a checkpoint, which may go on in the background. Collective.
 
-    def _save(self) -> bool:
-        """Save a checkpoint; return whether it could be written. Collective."""
-        state = {"step": self.step, "meter": self.meter.state_dict()}
-        return self.checkpoints.save(self.engine, self.step, state) is not None
+        Args:
+            skipped: save the state before so many steps, all of which were skipped.
+        """
+        self._enter("checkpoint")
+        step = self.step - skipped
+        state = {
+            "step": step,
+            "meter": self.meter.state_dict(),
+            "health": self.health.state_dict(forget_skipped=skipped),
+        }
+        self.checkpoints.save(self.engine, step, state)
+
+    def _enter(self, phase: str) -> None:
+        """Tell the watchdog what this rank begins to do in the step at hand, or after it."""
+        trained = phase in ("logging", "sampling", "checkpoint", "after the step")
+        self.watchdog.enter(self.step if trained else self.step + 1, phase)
 
     def _resume(self) -> int:
-        """Load the newest valid checkpoint and return its step; 0 when the run is new."""
+        """Load the checkpoint that the run goes on from and return its step; 0 when the run starts from nothing."""
         path = self.checkpoints.newest_valid()
+        if path is None and self.origin is not None:
+            named = Path(self.config.resume)
+            folders = [named] if (named / MANIFEST).is_file() else list_checkpoints(named / CHECKPOINTS_FOLDER)
+            path = newest_valid(folders)
+            changes = differences(load_config(self.origin / CONFIG_FILE), self.config)
+            self._say(f"a new run from {path}" + "".join(f"; {change}" for change in changes))
+        elif path is not None:
+            self._say(f"resumed from {path}")
         if path is None:
             return 0
-        state = self.checkpoints.load(self.engine, path)
+        state = self.checkpoints.load(self.engine, path, same_run=self.origin is None)
         self.meter.load_state_dict(state["meter"])
-        self._say(f"resumed from {path}")
+        self.health.load_state_dict(state["health"])
         return state["step"]
-
-    def _check_output_dir(self) -> None:
-        """Refuse an output_dir that holds another run, before anything is written."""
-        saved = self.output_dir / CONFIG_FILE
-        if saved.is_file():
-            changes = differences(load_config(saved), self.config)
-            if changes:
-                raise UserError(
-                    f"output_dir: {self.output_dir} holds a run with another configuration ({'; '.join(changes)}); "
-                    "accepted: the same values, or another output_dir"
-                )
-        elif self.output_dir.exists() and (
-            not self.output_dir.is_dir()
-            or any(path.name not in (STOP_FILE, REQUEUE_FILE) for path in self.output_dir.iterdir())
-        ):
-            raise UserError(
-                f"output_dir: {self.output_dir} exists and is not a training run; accepted: a new or empty folder, or a run's"
-            )
-        dist.barrier()
-
-    def _write_components(self, model: LatteFlowModel, vlm) -> None:
-        """Make the output_dir of a new run complete in itself: its configuration, and the model folder without weights."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        if not (self.output_dir / CONFIG_FILE).exists():
-            save_config(self.config, self.output_dir / CONFIG_FILE)
-        # pipeline.json is written last: without it the folder is incomplete.
-        if not (self.output_dir / MODEL_FOLDER / PIPELINE_FILE).exists():
-            path = self.config.vlm.path
-            processor = load_image_processor(path) if path else build_tiny_image_processor(vlm.config)
-            pipeline = LatteFlowPipeline(model, vlm, self.tokenizer, self.codec, self.pipeline_config, processor)
-            pipeline.save_components(self.output_dir / MODEL_FOLDER)
-            model.train()
 
     def _describe(self, images: ImageDataset) -> str:
         """Return in two lines what is trained, on what, and how the batch is spread."""

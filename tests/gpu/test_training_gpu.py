@@ -45,6 +45,18 @@ def test_bf16_learns_and_a_resumed_run_goes_on(tmp_path, variant):
     assert np.mean(whole[-3:]) < np.mean(whole[:3])
 
 
+def test_another_zero_stage_and_asynchronous_saves_go_on(tmp_path):
+    """The moments, the average and AdamW's counter are put together and cut anew on the device."""
+    fields = ["--precision", "bf16", "--checkpoint.asynchronous", "true"]
+    train(tmp_path / "whole", *fields)
+    train(tmp_path / "parts", *fields, "--max_steps", "6")
+    output = train(tmp_path / "parts", *fields, "--deepspeed", "ds_configs/zero3.json")
+    assert "resumed from" in output
+    whole, parts = (column(tmp_path / name, "loss") for name in ("whole", "parts"))
+    assert parts == pytest.approx(whole, rel=1e-2)
+    assert all(seconds > 0 for seconds in column(tmp_path / "parts", "rank_seconds_min"))
+
+
 def test_the_autoencoder_gives_the_latents_of_the_cpu(tmp_path):
     codec = load_codec("dc-ae", path=str(save_tiny_dc_ae(tmp_path / "dc_ae")))
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1

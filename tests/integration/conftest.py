@@ -93,9 +93,10 @@ class CommandLines:
         assert code in (None, finished.code), finished.output
         return Run(output_dir, finished, folder)
 
-    def start(self, output_dir: Path, **fields) -> Ranks:
-        """Start training the digits preset at the size of REDUCED on one rank; the fields are those of ``train``."""
-        return start_ranks("training/main.py", self._training(output_dir, fields), self._new_folder() / "log")
+    def start(self, output_dir: Path, *, ranks: int = 1, **fields) -> Ranks:
+        """Start training the digits preset at the size of REDUCED; the fields are those of ``train``."""
+        log = self._new_folder() / "log"
+        return start_ranks("training/main.py", self._training(output_dir, fields), log, ranks=ranks)
 
     def main(self, *arguments: str, ranks: int = 1) -> Finished:
         """Run training/main.py with a command line."""

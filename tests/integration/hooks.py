@@ -6,6 +6,8 @@ Each hook runs in every rank. HOOK_DIR is where it leaves what it has seen.
 import errno
 import json
 import os
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -132,3 +134,48 @@ def dump_state() -> None:
         return train(self)
 
     Trainer.train = dumping
+
+
+def poison() -> None:
+    """Make the losses of some samples not finite: POISON holds the first and the last of their global indices, "70 75"."""
+    first, last = map(int, os.environ["POISON"].split())
+    compute_losses = Trainer.compute_losses
+
+    def poisoned(self, batch):
+        hit = (batch.sample_indices >= first) & (batch.sample_indices <= last)
+        return compute_losses(self, batch) * torch.where(hit, torch.nan, 1.0)
+
+    Trainer.compute_losses = poisoned
+
+
+def hang_in_step() -> None:
+    """Let one rank wait for data for ever: HANG holds its rank and the step, "1 3"."""
+    rank, step = map(int, os.environ["HANG"].split())
+    train_step = Trainer.train_step
+
+    def wait_for_ever():
+        time.sleep(3600)
+        yield
+
+    def hanging(self, batches, **kwargs):
+        return train_step(self, wait_for_ever() if (self.rank, self.step + 1) == (rank, step) else batches, **kwargs)
+
+    Trainer.train_step = hanging
+
+
+def write_after_later_steps() -> None:
+    """Hold back the write of step 4's files until two more steps are trained: for ever, if training waits for the write."""
+    write, train_step, trained = torch.save, Trainer.train_step, threading.Event()
+
+    def waiting(obj, f, *args, **kwargs):
+        if "step_0000004" in str(f):
+            assert trained.wait(120), "training waits for the write"
+        return write(obj, f, *args, **kwargs)
+
+    def telling(self, *args, **kwargs):
+        norms = train_step(self, *args, **kwargs)
+        if self.step == 6:
+            trained.set()
+        return norms
+
+    torch.save, Trainer.train_step = waiting, telling

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 
 from tools.sample import sample
-from training.checkpoint import CheckpointStore, find_checkpoint, load_pipeline, read_manifest, read_weights
+from training.checkpoint import CheckpointStore
+from training.checkpoint_manifest import read_manifest
 from training.errors import UserError
+from training.trained_weights import find_checkpoint, load_pipeline, read_weights
 
 FILES = (
     "manifest.json",

@@ -6,8 +6,8 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from model.configuration import LatteFlowConfig
 from model.latte_flow import LatteFlowModel
 from tests.integration.test_training import assert_losses_and_norms_agree, assert_same_batches, recorded
-from training.checkpoint import read_weights
 from training.checkpoint_io import safe_unpickling
+from training.trained_weights import read_weights
 from training.zero_shards import ZeroShards
 
 

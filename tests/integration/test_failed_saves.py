@@ -11,8 +11,7 @@ import torch
 from tests.integration.launching import column, metrics
 from tests.integration.test_resume import assert_same_metrics
 from tests.integration.test_training import STEPS, assert_weights_equal
-from training.checkpoint import list_checkpoints
-from training.checkpoint_manifest import manifest_digest
+from training.checkpoint_manifest import list_checkpoints, manifest_digest
 
 
 def steps(run) -> list[str]:

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.integration.launching import column, metrics
 from tests.integration.test_training import STEPS
-from training.checkpoint import list_checkpoints, read_manifest
+from training.checkpoint_manifest import list_checkpoints, read_manifest
 from training.config import Assumptions, load_config
 from training.dry_run import dry_run
 

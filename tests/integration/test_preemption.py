@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.launching import Ranks, column
-from training.checkpoint import list_checkpoints
+from training.checkpoint_manifest import list_checkpoints
 from training.preemption import EXIT_STOPPED
 
 STEPS = 10_000

@@ -1,6 +1,7 @@
 """A run that was stopped, in any way, is continued by the same command as if it had never stopped: bit for bit."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.integration.launching import column, metrics
 from tests.integration.test_training import STEPS, assert_weights_equal, recorded
-from training.checkpoint import list_checkpoints
+from training.checkpoint_manifest import list_checkpoints
 
 REPRODUCIBLE = ("step", "loss", "loss_group_0", "loss_group_3", "grad_norm", "grad_norm_group_1", "lr", "samples")
 
@@ -113,3 +114,31 @@ def test_the_interval_that_spans_a_stop_is_the_mean_of_its_steps(logged_every_th
     expected = [sum(single[:3]) / 3, sum(single[3:6]) / 3, sum(single[6:]) / 2]
     assert column(logged_every_third.output_dir, "loss") == pytest.approx(expected, rel=1e-12)
     assert json.loads((logged_every_third.checkpoint(4) / "manifest.json").read_text())["world_size"] == 2
+
+
+def test_a_new_run_starts_from_another_runs_checkpoint_and_then_has_its_own(command, one_rank, tmp_path):
+    output, named = tmp_path / "run", one_rank.checkpoint(4)
+    fields = {"output_dir": output, "resume": named, "sample__every": 0}
+    before = {path: path.read_bytes() for path in one_rank.output_dir.rglob("*") if path.is_file()}
+    run = command.train(max_steps=6, **fields)
+    assert f"a new run from {named}" in run.finished.output
+    assert column(output, "step") == [5, 6]
+    again = command.train(**fields)  # as a requeued job: it goes on from its own newest checkpoint
+    assert f"resumed from {run.checkpoint(6)}" in again.finished.output
+    assert column(output, "loss") == column(one_rank.output_dir, "loss")[4:]
+    assert_weights_equal(again, one_rank, STEPS)
+    assert {path: path.read_bytes() for path in one_rank.output_dir.rglob("*") if path.is_file()} == before
+
+    other = command.train(output_dir=tmp_path / "other", resume=named, sample__every=0, optimizer__lr=0.1)
+    assert "optimizer.lr: the run has 0.002, this command 0.1" in other.finished.output
+    assert column(other.output_dir, "loss")[:1] == column(one_rank.output_dir, "loss")[4:5]
+    assert column(other.output_dir, "loss")[1] != column(one_rank.output_dir, "loss")[5]
+
+
+def test_a_named_checkpoint_that_is_damaged_is_refused(command, one_rank, tmp_path):
+    copy = shutil.copytree(one_rank.output_dir, tmp_path / "copy")
+    shard = next((copy / "checkpoints" / "step_0000004").glob("*_optim_states.pt"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    run = command.train(output_dir=tmp_path / "run", resume=shard.parent, code=2)
+    assert f"{shard.name} has {shard.stat().st_size} bytes instead of" in run.finished.output
+    assert "every one is damaged" in run.finished.output

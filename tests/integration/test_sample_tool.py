@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.checkpoint import load_pipeline
+from training.trained_weights import load_pipeline
 
 
 def images(drawn) -> list[np.ndarray]:

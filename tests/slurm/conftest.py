@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.launching import ROOT
 from tests.slurm.cluster import Cluster, missing
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")

@@ -8,16 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from training.checkpoint import (
-    CheckpointStore,
-    _check_files,
-    find_checkpoint,
-    list_checkpoints,
-    load_pipeline,
-    read_manifest,
-    step_name,
-)
+from training.checkpoint import CheckpointStore
+from training.checkpoint_manifest import check_files, list_checkpoints, read_manifest, step_name
 from training.errors import UserError
+from training.trained_weights import find_checkpoint, load_pipeline
 
 CONTENTS = {
     "mp_rank_00_model_states.pt": b"model" * 50,
@@ -43,7 +37,7 @@ def write_checkpoint(output_dir: Path, step: int, contents: dict[str, bytes] = C
 
 
 def problems(folder: Path) -> dict[str, str]:
-    return dict(_check_files(folder, list))
+    return dict(check_files(folder, list))
 
 
 @pytest.fixture
@@ -90,7 +84,7 @@ class TestCheckFiles:
     def test_each_rank_checks_its_share(self, folder):
         for path in CONTENTS:
             (folder / path).unlink()
-        shares = [dict(_check_files(folder, lambda names, r=r: names[r::2])) for r in (0, 1)]
+        shares = [dict(check_files(folder, lambda names, r=r: names[r::2])) for r in (0, 1)]
         assert not shares[0].keys() & shares[1].keys()
         assert shares[0].keys() | shares[1].keys() == CONTENTS.keys()
 

@@ -280,7 +280,7 @@ class TestDifferences:
         str: "other", int: 12345, float: 0.4321, bool: None, type(None): 16, list: [0.5, 0.25],
     }  # fmt: skip
     MAY_CHANGE = (
-        "output_dir", "deepspeed", "max_steps", "micro_batch_size", "checkpoint.", "logging.", "sample.",
+        "output_dir", "deepspeed", "resume", "max_steps", "micro_batch_size", "checkpoint.", "health.", "logging.", "sample.",
         "data.num_workers", "data.allow_changed", "model.attention_backend", "vlm.context_cache",
     )  # fmt: skip
 
@@ -425,6 +425,15 @@ class TestDeepSpeedFile:
     def test_an_unsupported_stage_is_refused(self, tmp_path, stage):
         with pytest.raises(UserError, match=rf"zero_optimization.stage {stage}; accepted: 1, 2, 3"):
             self.load(tmp_path, {"zero_optimization": {"stage": stage}})
+
+    @pytest.mark.parametrize(
+        ("section", "name"), [("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")]
+    )
+    def test_what_finds_steps_that_are_not_finite_stays_on(self, tmp_path, section, name):
+        content = {"zero_optimization": {"stage": 2}}
+        content[section] = content.get(section, {}) | {name: False}
+        with pytest.raises(UserError, match=rf"sets {section}.{name} to False; accepted: true"):
+            self.load(tmp_path, content)
 
     @pytest.mark.parametrize("section", ["optimizer", "scheduler", "fp16"])
     def test_what_the_trainer_brings_itself_is_refused(self, tmp_path, section):

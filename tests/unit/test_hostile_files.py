@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.test_checkpoint_files import CONTENTS, entries, write_checkpoint
-from training.checkpoint import find_checkpoint, read_manifest
-from training.checkpoint_manifest import manifest_digest
+from training.checkpoint_manifest import manifest_digest, read_manifest
 from training.config import DEFAULT_CONFIG, TrainingConfig, load_config, parse_config, save_config, to_yaml
 from training.data.loader import BatchLayout
 from training.deepspeed_config import load_deepspeed_config
 from training.errors import UserError
+from training.trained_weights import find_checkpoint
 
 # Examples are shown as found: shrinking one that hangs would take hours.
 HOSTILE = {"suppress_health_check": [HealthCheck.function_scoped_fixture], "phases": [Phase.explicit, Phase.generate]}

@@ -1,0 +1,107 @@
+"""The output_dir of a run: what it may hold at the start, which checkpoint the run starts from, what is written before step 1."""
+
+from pathlib import Path
+
+from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
+from model.vlm import build_tiny_image_processor, load_image_processor
+from training.checkpoint_manifest import MANIFEST, list_checkpoints
+from training.config import TrainingConfig, differences, load_config, save_config
+from training.errors import UserError
+from training.preemption import REQUEUE_FILE, STOP_FILE
+
+CONFIG_FILE = "config.yaml"
+DATA_FILE = "data.json"
+CHECKPOINTS_FOLDER = "checkpoints"
+MODEL_FOLDER = "model"
+"""The model folder without weights (model/pipeline.py)."""
+RESUME_AUTO, RESUME_NEVER = "auto", "never"
+NETWORK_FIELDS = ("model.", "vlm.", "codec.")
+"""What a run that starts from another one's checkpoint must have in common with it."""
+
+
+def check_output_dir(config: TrainingConfig) -> None:
+    """Refuse an output_dir that holds another run, before anything is written.
+
+    Raises:
+        UserError: names what differs and what is accepted.
+    """
+    folder = Path(config.output_dir)
+    saved = folder / CONFIG_FILE
+    if saved.is_file():
+        changes = differences(load_config(saved), config)
+        if changes:
+            raise UserError(
+                f"output_dir: {folder} holds a run with another configuration ({'; '.join(changes)}); "
+                "accepted: the same values, or another output_dir"
+            )
+    elif folder.exists() and (
+        not folder.is_dir() or any(path.name not in (STOP_FILE, REQUEUE_FILE) for path in folder.iterdir())
+    ):
+        raise UserError(
+            f"output_dir: {folder} exists and is not a training run; accepted: a new or empty folder, or a run's"
+        )
+
+
+def origin(config: TrainingConfig) -> Path | None:
+    """Return the folder of the other run whose checkpoint, named by ``resume``, a new run starts from; None for all other runs.
+
+    Once the run has a checkpoint of its own it goes on from that: a job that is requeued starts with the same command again.
+
+    Raises:
+        UserError: when ``resume`` names no checkpoint, one of another network, or an older one of this very run; or when it is
+            ``never`` and there are checkpoints.
+    """
+    own = list_checkpoints(Path(config.output_dir) / CHECKPOINTS_FOLDER)
+    if config.resume == RESUME_AUTO:
+        return None
+    if config.resume == RESUME_NEVER:
+        if own:
+            raise UserError(
+                f"resume: never, but {config.output_dir} has {len(own)} checkpoints, the newest {own[-1].name}; "
+                "accepted: auto, or another output_dir"
+            )
+        return None
+    path = Path(config.resume)
+    one_step = (path / MANIFEST).is_file()
+    if not one_step and not list_checkpoints(path / CHECKPOINTS_FOLDER):
+        raise UserError(
+            f"resume: {path} holds no checkpoint; accepted: auto, never, a training output_dir, or one step's folder of it"
+        )
+    run = path.resolve().parent.parent if one_step else path.resolve()
+    if run == Path(config.output_dir).resolve():
+        if one_step and path.name != own[-1].name:
+            raise UserError(
+                f"resume: {path} is not the newest checkpoint of output_dir, {own[-1].name} is; accepted: another output_dir, "
+                "which then starts from it"
+            )
+        return None
+    if own:
+        return None
+    if not (run / CONFIG_FILE).is_file():
+        raise UserError(
+            f"resume: {run / CONFIG_FILE} not found; accepted: a checkpoint in the output_dir that it was written to"
+        )
+    changes = [line for line in differences(load_config(run / CONFIG_FILE), config) if line.startswith(NETWORK_FIELDS)]
+    if changes:
+        raise UserError(f"resume: {path} is of another network ({'; '.join(changes)}); accepted: the same values")
+    return run
+
+
+def write_components(config: TrainingConfig, pipeline: LatteFlowPipeline) -> None:
+    """Make the output_dir of a new run complete in itself: its configuration, and the model folder without weights.
+
+    Args:
+        config: the run.
+        pipeline: of the run; its image processor is loaded here, where it is needed.
+    """
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / CONFIG_FILE).exists():
+        save_config(config, folder / CONFIG_FILE)
+    # pipeline.json is written last: without it the folder is incomplete.
+    if not (folder / MODEL_FOLDER / PIPELINE_FILE).exists():
+        path = config.vlm.path
+        pipeline.image_processor = (
+            load_image_processor(path) if path else build_tiny_image_processor(pipeline.vlm.config)
+        )
+        pipeline.save_components(folder / MODEL_FOLDER)

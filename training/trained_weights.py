@@ -1,0 +1,83 @@
+"""The weights of a trained checkpoint, for the tools: found, verified, read, and put into a pipeline."""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
+from training.checkpoint_io import safe_unpickling
+from training.checkpoint_manifest import MANIFEST, STEP_FOLDER, check_files, list_checkpoints
+from training.ema import EMA_KEY
+from training.errors import UserError
+from training.run_folder import CHECKPOINTS_FOLDER, MODEL_FOLDER
+from training.zero_shards import ZeroShards
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ("ema", "model")
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint folder that a path means: a step's folder, or the newest valid one of an output_dir.
+
+    Raises:
+        UserError: when there is none.
+    """
+    if (path / MANIFEST).is_file() or STEP_FOLDER.fullmatch(path.name):
+        problems = dict(check_files(path))
+        if problems:
+            raise UserError(f"{path}: damaged: " + "; ".join(f"{name} {what}" for name, what in problems.items()))
+        return path
+    for candidate in reversed(list_checkpoints(path / CHECKPOINTS_FOLDER)):
+        problems = dict(check_files(candidate))
+        if not problems:
+            return candidate
+        logger.warning("%s skipped: %s", candidate, "; ".join(f"{name} {what}" for name, what in problems.items()))
+    raise UserError(f"{path}: holds no valid checkpoint; accepted: a training output_dir, or one step's folder of it")
+
+
+def load_pipeline(path: Path, *, weights: str = "ema", dtype: torch.dtype = torch.float32) -> LatteFlowPipeline:
+    """Load what a CHECKPOINT argument names: a training output_dir, one step's folder of it, or an exported model folder.
+
+    Args:
+        path: the folder.
+        weights: ``ema`` or ``model``, for training checkpoints; an exported folder holds one kind.
+        dtype: the type of the networks.
+
+    Raises:
+        UserError: when the folder is none of these, or is damaged.
+    """
+    try:
+        if (path / PIPELINE_FILE).is_file():
+            return LatteFlowPipeline.from_pretrained(path, dtype=dtype)
+        checkpoint = find_checkpoint(path)
+        components = checkpoint.parent.parent / MODEL_FOLDER
+        return LatteFlowPipeline.from_pretrained(components, weights=read_weights(checkpoint, weights), dtype=dtype)
+    except (FileNotFoundError, ValueError) as error:
+        raise error if isinstance(error, UserError) else UserError(str(error)) from error
+
+
+def read_weights(path: Path, which: str) -> dict[str, Tensor]:
+    """Read the float32 weights of a checkpoint from its ZeRO shards, on the CPU.
+
+    Args:
+        path: a checkpoint's folder.
+        which: ``ema``, the averaged weights, or ``model``, the trained ones.
+
+    Returns:
+        Parameter and buffer name -> tensor, as LatteFlowModel.state_dict.
+
+    Raises:
+        UserError: when ``which`` is unknown or the checkpoint has no such weights.
+    """
+    if which not in WEIGHTS:
+        raise UserError(f"weights: {which!r} is unknown; accepted values: {', '.join(WEIGHTS)}")
+    with safe_unpickling(path):
+        shards = ZeroShards(path)
+        if which == "model":
+            return shards.read_all()
+        if EMA_KEY not in shards.state_keys:
+            raise UserError(f"{path}: holds no averaged weights; accepted: --weights model")
+        return shards.read_all(EMA_KEY)
