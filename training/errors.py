@@ -7,12 +7,14 @@ import sys
 import time
 from collections.abc import Callable
 
+from tqdm import tqdm
+
 
 class UserError(ValueError):
     """A wrong configuration, a missing file, a checkpoint of another model. The message names the field or file and what fits."""
 
 
-DEAD_WORKER = re.compile(r"DataLoader worker \(pid[^)]*\)+ (is killed by signal: [^.]*|exited unexpectedly[^.]*)")
+DEAD_WORKER = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: [^.]*|exited unexpectedly)")
 """How torch says that a process that prepares batches is gone."""
 FIRST_RANK_SECONDS = 30.0
 """How long the other ranks of a launch leave an error to the first one."""
@@ -35,7 +37,8 @@ def exit_code(program: Callable[[], None]) -> int:
         if rank != 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run's own handler would put off the end
             time.sleep(FIRST_RANK_SECONDS)
-        print(f"error: {line}" if rank == 0 else f"error: rank {rank}: {line}", file=sys.stderr, flush=True)
+        with tqdm.external_write_mode(file=sys.stderr):  # on a line of its own, not at the end of a progress bar
+            print(f"error: {line}" if rank == 0 else f"error: rank {rank}: {line}", file=sys.stderr, flush=True)
         return 2
     return 0
 
@@ -47,7 +50,7 @@ def _in_one_line(error: Exception) -> str | None:
         if "Original Traceback" in text:  # torch wraps an error of a data worker in its traceback
             text = text.rsplit(f"{UserError.__name__}: ", 1)[-1]
         return " ".join(text.splitlines())  # other libraries' messages, which some of ours quote, may have many
-    if dead := DEAD_WORKER.search(text):
+    if dead := DEAD_WORKER.search(f"{error.__cause__} {text}"):  # the cause knows the signal
         return (
             f"data.num_workers: a data worker {dead[1]}; either the memory is full (accepted: fewer workers) or a file of "
             "data.path was cut off or could not be read; the same command goes on from the last checkpoint"

@@ -30,6 +30,8 @@ from training.errors import UserError
 PARTIAL = ".partial-"
 STATISTICS_ROWS = 256
 UNIT_STD = (0.5, 2.0)
+SHARD_KEYS = frozenset({"file", "bytes", "sha256", "rows", "broken", "statistics"})
+"""What the small manifest of a shard holds."""
 
 
 class LatentWriter:
@@ -55,7 +57,7 @@ class LatentWriter:
             folder.mkdir(parents=True, exist_ok=True)
             write_durably(path, _json(settings))
         # The first start's: where source and codec lay then may differ from where they lie now.
-        self.settings = json.loads(path.read_text())
+        self.settings = _read_json(path, "another folder")
         _refuse_other_settings(folder, self.settings, settings)
         self.num_shards = -(-settings["num_images"] // settings["shard_size"])
 
@@ -142,7 +144,8 @@ class LatentWriter:
         """
         import datasets
 
-        shards = [json.loads(self.path(i).with_suffix(".json").read_text()) for i in range(self.num_shards)]
+        files = [self.path(i).with_suffix(".json") for i in range(self.num_shards)]
+        shards = [_read_json(file, "delete it and run the same command again", SHARD_KEYS) for file in files]
         broken = [entry for shard in shards for entry in shard["broken"]]
         if len(broken) > max_broken:
             raise UserError(
@@ -191,6 +194,16 @@ def write_durably(path: Path, content) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _read_json(file: Path, accepted: str, keys: frozenset[str] = frozenset()) -> dict:
+    try:
+        value = json.loads(file.read_bytes())
+        if not isinstance(value, dict) or keys - value.keys():
+            raise ValueError(f"not an object with {', '.join(sorted(keys)) or 'fields'}")
+        return value
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"output: {file} is damaged ({error}); accepted: {accepted}") from error
 
 
 def _json(value: dict) -> bytes:
