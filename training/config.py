@@ -119,6 +119,7 @@ class DataConfig:
         condition_drop: fraction of samples whose prompt is replaced by the null prompt (paper: 0.1).
         horizontal_flip: whether half of the images are mirrored.
         num_workers: processes a rank that prepare batches; 0 prepares them in the training process.
+        allow_changed: go on with a run although its data have changed since it was started; data.json then lists both.
     """
 
     dataset: Literal["digits", "imagefolder", "parquet", "webdataset", "saved", "latents"] = "digits"
@@ -134,6 +135,7 @@ class DataConfig:
     condition_drop: float = 0.1
     horizontal_flip: bool = True
     num_workers: int = 4
+    allow_changed: bool = False
 
 
 @dataclass
@@ -548,6 +550,7 @@ RESUMABLE_CHANGES = (
     "max_steps",
     "micro_batch_size",
     "data.num_workers",
+    "data.allow_changed",
     "checkpoint",
     "health",
     "logging",

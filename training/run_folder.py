@@ -87,20 +87,17 @@ def origin(config: TrainingConfig) -> Path | None:
     return run
 
 
-def write_components(config: TrainingConfig, data_description: str, pipeline: LatteFlowPipeline) -> None:
-    """Make the output_dir of a new run complete in itself: its configuration, its data, and the model folder without weights.
+def write_components(config: TrainingConfig, pipeline: LatteFlowPipeline) -> None:
+    """Make the output_dir of a new run complete in itself: its configuration, and the model folder without weights.
 
     Args:
         config: the run.
-        data_description: from ``datasets.describe_data``.
         pipeline: of the run; its image processor is loaded here, where it is needed.
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / CONFIG_FILE).exists():
         save_config(config, folder / CONFIG_FILE)
-    if not (folder / DATA_FILE).exists():
-        (folder / DATA_FILE).write_text(data_description)
     # pipeline.json is written last: without it the folder is incomplete.
     if not (folder / MODEL_FOLDER / PIPELINE_FILE).exists():
         path = config.vlm.path

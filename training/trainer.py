@@ -26,8 +26,9 @@ from training.checkpoint import CheckpointStore, newest_valid
 from training.checkpoint_manifest import MANIFEST, list_checkpoints, step_name
 from training.components import build_components, parameter_groups
 from training.config import TrainingConfig, differences, load_config, save_config, to_yaml
-from training.data.datasets import ImageDataset, check_same_data, describe_data, load_image_dataset
+from training.data.datasets import ImageDataset, load_image_dataset
 from training.data.loader import Batch, FlowMatchingSamples, make_loader
+from training.data.record import DataRecord
 from training.deepspeed_config import load_deepspeed_config, make_batch_layout
 from training.ema import AdamWWithEMA
 from training.errors import UserError
@@ -70,7 +71,8 @@ class Trainer:
         dist.barrier()  # nobody writes before all have looked
         self.stop = StopRequest(self.output_dir, self.device)
         images = load_image_dataset(config.data)
-        check_same_data(images, self.output_dir / DATA_FILE)
+        data_record = DataRecord(images, self.output_dir / DATA_FILE, allow_changed=config.data.allow_changed)
+        data_record.verify()
         is_new = not (self.output_dir / MODEL_FOLDER / PIPELINE_FILE).is_file()
         vlm, self.tokenizer, codec, model_config, pipeline_config = build_components(
             config, images, (self.origin if self.origin and is_new else self.output_dir) / MODEL_FOLDER
@@ -110,7 +112,7 @@ class Trainer:
             self.prompt_inputs = {name: t.to(self.device) for name, t in tokens.items()}
         if self.rank == 0:
             pipeline = LatteFlowPipeline(model, vlm, self.tokenizer, self.codec, pipeline_config)
-            write_components(config, describe_data(images), pipeline)
+            write_components(config, pipeline)
             model.train()
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
         self.model: LatteFlowModel = self.engine.module
@@ -141,6 +143,7 @@ class Trainer:
         if self.rank == 0:
             # max_steps and the like may differ from what the run had so far.
             save_config(self.config, self.output_dir / CONFIG_FILE)
+            data_record.update(self.step)
         self.writer = MetricsWriter(self.output_dir, self.step) if self.rank == 0 else None
         self._say(self._describe(images))
 

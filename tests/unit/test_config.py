@@ -281,7 +281,7 @@ class TestDifferences:
     }  # fmt: skip
     MAY_CHANGE = (
         "output_dir", "deepspeed", "resume", "max_steps", "micro_batch_size", "checkpoint.", "health.", "logging.", "sample.",
-        "data.num_workers", "model.attention_backend", "vlm.context_cache",
+        "data.num_workers", "data.allow_changed", "model.attention_backend", "vlm.context_cache",
     )  # fmt: skip
 
     @pytest.mark.parametrize("path", sorted(FIELDS), ids=".".join)

@@ -84,7 +84,10 @@ def resolve_class_names(wanted: str | None, own: list[str]) -> list[str]:
 def _names_from_file(path: Path, own: list[str]) -> list[str]:
     if not path.is_file():
         raise UserError(f"data.class_names: {path} not found; accepted: {IMAGENET}, or a text file with a name a line")
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:  # unreadable, or no text
+        raise UserError(f"data.class_names: {path} cannot be read: {error}; accepted: a text file in UTF-8") from error
     keyed = {key: rest.split(",")[0].strip() for key, _, rest in (line.partition(" ") for line in lines)}
     if all(name in keyed and keyed[name] for name in own):
         return [keyed[name] for name in own]

@@ -4,9 +4,6 @@ Every source becomes a map-style data set whose ``sample`` gives an image in [-1
 one list of distinct user messages, so that the context of a frozen VLM is computed once per distinct prompt and gathered by row.
 """
 
-import json
-from pathlib import Path
-
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
@@ -65,23 +62,3 @@ def load_image_dataset(config: DataConfig) -> ImageDataset | LatentDataset:
     if config.dataset == "latents":
         return load_latent_dataset(config)
     return load_image_source(config)
-
-
-def describe_data(dataset: ImageDataset | LatentDataset) -> str:
-    """Return what a run records of its data, as JSON text."""
-    return (
-        json.dumps({"name": dataset.name, "length": len(dataset), "fingerprint": dataset.fingerprint}, indent=1) + "\n"
-    )
-
-
-def check_same_data(dataset: ImageDataset | LatentDataset, record: Path) -> None:
-    """Refuse to go on with a run on other data than it was started with.
-
-    Raises:
-        UserError: when ``record``, written from ``describe_data``, is there and has another fingerprint.
-    """
-    if record.is_file() and json.loads(record.read_text())["fingerprint"] != dataset.fingerprint:
-        raise UserError(
-            f"data.path: {dataset.name} has changed since this run was started ({record} has another fingerprint); accepted: the "
-            "same data, or another output_dir"
-        )

@@ -16,12 +16,22 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from training.data.latents import COMMAND, MANIFEST_FILE, SETTINGS_FILE, latent_columns, shard_name
+from training.data.latents import (
+    COMMAND,
+    MANIFEST_FILE,
+    SETTINGS_FILE,
+    STATE_FILE,
+    latent_columns,
+    shard_name,
+    state_fingerprint,
+)
 from training.errors import UserError
 
 PARTIAL = ".partial-"
 STATISTICS_ROWS = 256
 UNIT_STD = (0.5, 2.0)
+SHARD_KEYS = frozenset({"file", "bytes", "sha256", "rows", "broken", "statistics"})
+"""What the small manifest of a shard holds."""
 
 
 class LatentWriter:
@@ -47,7 +57,7 @@ class LatentWriter:
             folder.mkdir(parents=True, exist_ok=True)
             write_durably(path, _json(settings))
         # The first start's: where source and codec lay then may differ from where they lie now.
-        self.settings = json.loads(path.read_text())
+        self.settings = _read_json(path, "another folder")
         _refuse_other_settings(folder, self.settings, settings)
         self.num_shards = -(-settings["num_images"] // settings["shard_size"])
 
@@ -134,7 +144,8 @@ class LatentWriter:
         """
         import datasets
 
-        shards = [json.loads(self.path(i).with_suffix(".json").read_text()) for i in range(self.num_shards)]
+        files = [self.path(i).with_suffix(".json") for i in range(self.num_shards)]
+        shards = [_read_json(file, "delete it and run the same command again", SHARD_KEYS) for file in files]
         broken = [entry for shard in shards for entry in shard["broken"]]
         if len(broken) > max_broken:
             raise UserError(
@@ -158,14 +169,14 @@ class LatentWriter:
         write_durably(self.folder / "dataset_info.json", _json({"features": info.features.to_dict()}))
         state = {
             "_data_files": [{"filename": shard["file"]} for shard in shards],
-            "_fingerprint": hashlib.sha256(text).hexdigest()[:16],
+            "_fingerprint": state_fingerprint(text),
             "_format_columns": None,
             "_format_kwargs": {},
             "_format_type": None,
             "_output_all_columns": False,
             "_split": "train",
         }
-        write_durably(self.folder / "state.json", _json(state))
+        write_durably(self.folder / STATE_FILE, _json(state))
         write_durably(self.folder / MANIFEST_FILE, text)
         return manifest
 
@@ -183,6 +194,16 @@ def write_durably(path: Path, content) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _read_json(file: Path, accepted: str, keys: frozenset[str] = frozenset()) -> dict:
+    try:
+        value = json.loads(file.read_bytes())
+        if not isinstance(value, dict) or keys - value.keys():
+            raise ValueError(f"not an object with {', '.join(sorted(keys)) or 'fields'}")
+        return value
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"output: {file} is damaged ({error}); accepted: {accepted}") from error
 
 
 def _json(value: dict) -> bytes:

@@ -22,13 +22,13 @@ import logging
 import os
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import pyarrow as pa
 from torch.utils.data import Dataset
 
 from model.autoencoder import LatentCodec
 from training.config import DataConfig
 from training.data.class_names import resolve_class_names
+from training.data.latent_shard import open_shard
 from training.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,10 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 SETTINGS_FILE = "settings.json"
+STATE_FILE = "state.json"
 COMMAND = "tools/encode_latents.py"
+ENCODE_AGAIN = f"delete it and the .json of the same name, {MANIFEST_FILE} too, and run {COMMAND} again"
+"""What mends a damaged shard."""
 
 
 def shard_name(shard: int, num_shards: int) -> str:
@@ -50,7 +53,7 @@ def latent_columns(flips: bool) -> tuple[str, ...]:
 
 
 class LatentDataset(Dataset):
-    """Memory-mapped latents with prompts; takes the place of an ImageDataset.
+    """Latents with prompts; takes the place of an ImageDataset.
 
     Attributes:
         name: for messages and logs.
@@ -60,26 +63,36 @@ class LatentDataset(Dataset):
         image_channels: c of the images that were encoded.
         class_names: names of the classes, or None for captions.
         fingerprint: of the manifest, which holds the hash of every shard.
+
+    Raises:
+        UserError: when a shard cannot be read, or does not hold what the manifest says.
     """
 
     def __init__(
         self, folder: Path, manifest: dict, *, prompt_template: str, flips: bool, class_names: list[str] | None
     ):
-        import datasets
-
         self.name = str(folder)
         self.manifest = manifest
         self.image_channels = manifest["codec"]["image_channels"]
         self.class_names = class_names
         self.fingerprint = hashlib.sha256((folder / MANIFEST_FILE).read_bytes()).hexdigest()
-        table = datasets.load_from_disk(str(folder)).data.table
         self.shard_size = manifest["shard_size"]
-        shape = tuple(manifest["latent_shape"])
-        self._latents = [_as_bfloat16(table.column(name), shape) for name in latent_columns(flips)]
-        if self.class_names is not None:
-            captions, self.prompt_rows = self.class_names, table.column("label").to_numpy()
+        self._shards, conditions = [], []
+        for entry in manifest["shards"]:
+            shard, part = open_shard(
+                folder / entry["file"],
+                shape=tuple(manifest["latent_shape"]),
+                columns=latent_columns(flips),
+                rows=entry["rows"],
+                num_labels=None if class_names is None else len(class_names),
+            )
+            self._shards.append(shard)
+            conditions.append(part)
+        table = pa.chunked_array(conditions)
+        if class_names is not None:
+            captions, self.prompt_rows = class_names, table.to_numpy()
         else:
-            encoded = table.column("text").combine_chunks().dictionary_encode()
+            encoded = table.unify_dictionaries().combine_chunks()
             captions, self.prompt_rows = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
         self.prompts = [prompt_template.format(caption) for caption in captions]
 
@@ -87,9 +100,27 @@ class LatentDataset(Dataset):
         return len(self.prompt_rows)
 
     def sample(self, index: int, *, flip: bool) -> dict:
-        """Return {"latent": [C, H, W] bfloat16 of the image or of the mirrored image, "row": row of its prompt}."""
+        """Return {"latent": [C, H, W] bfloat16 of the image or of the mirrored image, "row": row of its prompt}.
+
+        Raises:
+            UserError: when the file cannot be read any more.
+        """
         shard, row = divmod(index, self.shard_size)
-        return {"latent": self._latents[int(flip)][shard][row], "row": int(self.prompt_rows[index])}
+        return {"latent": self._shards[shard].read(int(flip), row), "row": int(self.prompt_rows[index])}
+
+    def damaged_shards(self, rank: int, world_size: int) -> list[str]:
+        """Return what is wrong with this rank's share of the shards, going by their SHA-256: every byte is read."""
+        problems = []
+        for entry in self.manifest["shards"][rank::world_size]:
+            file = Path(self.name, entry["file"])
+            try:
+                with file.open("rb") as stream:
+                    same = hashlib.file_digest(stream, "sha256").hexdigest() == entry["sha256"]
+            except OSError as error:
+                problems.append(f"{file} cannot be read ({error.strerror})")
+            else:
+                problems += [] if same else [f"{file} has another SHA-256 than {MANIFEST_FILE} says"]
+        return problems
 
     def check_codec(self, codec: LatentCodec) -> None:
         """Refuse a codec that these latents are not of: the sample grids would show what the model never learned.
@@ -104,19 +135,6 @@ class LatentDataset(Dataset):
                 f"{made_with['scaling_factor']}, fingerprint {made_with['fingerprint']}; this one has {codec.fingerprint()}); "
                 "accepted: the same codec"
             )
-
-
-def _as_bfloat16(column, shape: tuple[int, int, int]) -> list[Tensor]:
-    """Return a column of latents as one tensor a shard, [rows, C, H, W] bfloat16, that share the memory-mapped file."""
-    import warnings
-
-    with warnings.catch_warnings():
-        # The file is mapped read-only, which torch cannot express; nothing here writes to it.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return [
-            torch.from_numpy(chunk.flatten().to_numpy(zero_copy_only=True)).view(torch.bfloat16).view(-1, *shape)
-            for chunk in column.chunks
-        ]
 
 
 def load_latent_dataset(config: DataConfig) -> LatentDataset:
@@ -146,7 +164,7 @@ def load_latent_dataset(config: DataConfig) -> LatentDataset:
         if size != shard["bytes"]:
             raise UserError(
                 f"data.path: {file} {'is missing' if size is None else f'has {size} bytes'}, {MANIFEST_FILE} says "
-                f"{shard['bytes']}; accepted: delete it and the .json of the same name, {MANIFEST_FILE} too, and encode again"
+                f"{shard['bytes']}; accepted: {ENCODE_AGAIN}"
             )
     if int(os.environ.get("RANK", 0)) == 0:
         for warning in manifest["warnings"]:
@@ -173,7 +191,54 @@ def read_manifest(folder: Path) -> dict:
             "is not complete: run the same command again, it goes on where it stopped" if started else "is not there"
         )
         raise UserError(f"data.path: {path} {state}; accepted with data.dataset latents: a folder of {COMMAND}")
-    manifest = json.loads(path.read_text())
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"data.path: {path} has format {manifest.get('format')}; accepted: {FORMAT}")
+    try:
+        content = path.read_bytes()
+        manifest = json.loads(content)
+        state = json.loads((folder / STATE_FILE).read_bytes())
+        if manifest.get("format") != FORMAT:
+            raise UserError(f"data.path: {path} has format {manifest.get('format')}; accepted: {FORMAT}")
+        if state["_fingerprint"] != state_fingerprint(content):
+            raise ValueError(f"its SHA-256 is not the one in {STATE_FILE}")
+        _check_manifest(manifest)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"data.path: {path} or {STATE_FILE} beside it is missing or damaged ({type(error).__name__}: {error}); accepted: "
+            f"delete both and run {COMMAND} again, which keeps all shards"
+        ) from error
     return manifest
+
+
+def state_fingerprint(manifest: bytes) -> str:
+    """Return what state.json has as the fingerprint of the data set: of manifest.json, and so of every shard."""
+    return hashlib.sha256(manifest).hexdigest()[:16]
+
+
+def _check_manifest(manifest: dict) -> None:
+    """Raise ValueError, KeyError, TypeError or AttributeError for a manifest that LatentWriter cannot have written."""
+    total, size, shape = manifest["num_images"], manifest["shard_size"], manifest["latent_shape"]
+    numbers = [total, size, manifest["resolution"], manifest["codec"]["image_channels"], *shape]
+    if not all(type(number) is int and 0 < number < 2**63 for number in numbers) or len(shape) != 3:
+        raise ValueError(
+            "num_images, shard_size, resolution, image_channels, latent_shape: not all are positive integers"
+        )
+    names = manifest["class_names"]
+    if not isinstance(names, list | None) or not all(
+        isinstance(text, str) for text in [*(names or ()), *manifest["warnings"]]
+    ):
+        raise TypeError("class_names, warnings: not lists of text")
+    if type(manifest["flips"]) is not bool:
+        raise TypeError("flips: neither true nor false")
+    codec = manifest["codec"]
+    codec["kind"], codec["path"], codec["scaling_factor"], codec["fingerprint"]
+    shards = manifest["shards"]
+    if len(shards) != -(-total // size):
+        raise ValueError(f"shards: {len(shards)} of {-(-total // size)}")
+    for number, shard in enumerate(shards):
+        rows = min(size, total - number * size)
+        if shard["file"] != shard_name(number, len(shards)) or shard["rows"] != rows:
+            raise ValueError(
+                f"shards: number {number} has not the name {shard_name(number, len(shards))} or not {rows} rows"
+            )
+        shard["bytes"], shard["sha256"]

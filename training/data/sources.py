@@ -1,13 +1,18 @@
 """Image data sets on disk, all read through ``datasets``: image folders, Parquet files, WebDataset tars, saved data sets."""
 
+import functools
 import hashlib
+import json
 import logging
 import os
 from pathlib import Path
 
+from torch import Tensor
+
 from training.config import DataConfig
 from training.data.class_names import resolve_class_names
 from training.data.images import BrokenImageError, ImageDataset, decode_image
+from training.data.whole_files import STATE_FILE, MappedFiles, check_end, check_tars, damaged_file
 from training.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -25,22 +30,27 @@ def load_image_source(config: DataConfig) -> ImageDataset:
     """
     if config.path is None or not Path(config.path).exists():
         raise UserError(f"data.path: {config.path} not found; accepted: {_ACCEPTED[config.dataset]}")
-    table, fingerprint = _READERS[config.dataset](Path(config.path))
+    table, fingerprint = _read_source(config.dataset, Path(config.path))
     if len(table) == 0:
         raise UserError(f"data.path: {config.path} holds zero images; at least one is needed")
     image_column = _image_column(table, config)
     captions, rows, class_names = _captions(table, config)
     images = _undecoded(table, image_column, config.path)
+    mapped = MappedFiles(Path(entry["filename"]) for entry in images.cache_files)
 
     def describe(index: int) -> str:
         value = images[index][image_column]
         path = value["path"] if value else None
         return f"{path} (row {index} of {config.path})" if path else f"row {index} of {config.path}"
 
+    def load(index: int) -> Tensor:
+        mapped.check()
+        return decode_image(images[index][image_column], config.resolution)
+
     return ImageDataset(
         name=str(config.path),
         length=len(table),
-        load=lambda index: decode_image(images[index][image_column], config.resolution),
+        load=load,
         prompt_rows=rows,
         prompts=[config.prompt_template.format(caption) for caption in captions],
         image_channels=3,
@@ -60,7 +70,7 @@ def detect_dataset(path: Path) -> str:
     """
     if not path.exists():
         raise UserError(f"source: {path} not found; accepted: digits, or a folder or file of images")
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    if (path / STATE_FILE).is_file() or (path / "dataset_dict.json").is_file():
         return "saved"
     for kind, suffix in (("parquet", ".parquet"), ("webdataset", ".tar")):
         if path.suffix == suffix or (path.is_dir() and next(path.glob(f"**/*{suffix}"), None)):
@@ -76,39 +86,86 @@ _ACCEPTED = {
 }
 
 
-def _read_imagefolder(path: Path):
-    import datasets  # costs a second to import; the digits preset does without
+def _read_source(kind: str, path: Path):
+    """Return the table of a data set and its fingerprint.
 
-    if not path.is_dir():
-        raise UserError(f"data.path: {path} is no folder; accepted with data.dataset imagefolder: a folder of images")
+    Raises:
+        UserError: when it cannot be read, or not whole; the message names the file where one can be found.
+    """
+    import datasets
+
+    paths, read = _FINDERS[kind](path), {"imagefolder": _read_imagefolder, "saved": _read_saved}.get(kind, _read_files)
+    try:
+        for file in paths if kind == "saved" else ():
+            if file.suffix == ".arrow":
+                check_end(file)
+        table = read(path, kind, paths)
+        if kind == "webdataset":
+            check_tars(paths, Path(table.cache_files[0]["filename"]).parent)
+        # Offsets of damaged columns lead anywhere in memory; of pictures, only these are read here.
+        table.data.validate(full=True)
+        files = [file for file in paths if kind != "saved" or file.suffix == ".arrow"]
+        return table, _fingerprint(path, files, read=kind != "imagefolder")
+    except UserError:
+        raise
+    except (
+        Exception
+    ) as error:  # datasets lets pass whatever a reader meets: of tarfile, json, pyarrow, or a missing key
+        described = paths
+        if kind == "imagefolder":  # of pictures only that they are there; what cannot be decoded is another matter
+            missing = [file for file in paths if not file.exists()]
+            described = [*missing[:1], *(file for file in paths if file.name.startswith("metadata."))]
+        if found := damaged_file(described):
+            file, reason = found
+            raise UserError(f"data.path: {file} {reason}; accepted: a whole copy of it") from error
+        raise UserError(
+            f"data.path: {path} cannot be read as {kind}: {_one_line(error.__cause__ or error)}; accepted: {_ACCEPTED[kind]} "
+            f"(whose files can be read: a copy of it in {datasets.config.HF_DATASETS_CACHE} may be damaged and can be deleted)"
+        ) from error
+
+
+def _read_imagefolder(path: Path, kind: str, paths: list[Path]):
+    import datasets
+
     # As one split: with data_dir alone, folders named train or test would be taken for splits.
     try:
-        table = datasets.load_dataset("imagefolder", data_files={"train": f"{path.absolute()}/**"}, split="train")
+        return datasets.load_dataset(kind, data_files={"train": f"{path.absolute()}/**"}, split="train")
     except (datasets.data_files.EmptyDatasetError, FileNotFoundError, ValueError) as error:
+        if damaged_file([file for file in paths if file.name.startswith("metadata.") or not file.exists()]):
+            raise
         raise UserError(f"data.path: {path} holds zero images; at least one is needed ({_one_line(error)})") from error
-    files = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
-    return table, _fingerprint(path, files, read=False)
 
 
-def _read_parquet(path: Path):
+def _read_files(path: Path, kind: str, paths: list[Path]):
+    import datasets
     import pyarrow.parquet as pq
 
-    num_images = 0
-    for file in _files(path, "parquet", "*.parquet"):
-        try:
-            num_images += pq.read_metadata(file).num_rows
-        except (OSError, ValueError) as error:
-            raise UserError(f"data.path: {file} is no Parquet file, or damaged: {_one_line(error)}") from error
-    if num_images == 0:
+    if kind == "parquet" and sum(pq.read_metadata(file).num_rows for file in paths) == 0:
         raise UserError(f"data.path: {path} holds zero images; at least one is needed")
-    return _read_files(path, "parquet", "*.parquet")
+    return datasets.load_dataset(kind, data_files=[str(file.absolute()) for file in paths], split="train")
 
 
-def _read_webdataset(path: Path):
-    return _read_files(path, "webdataset", "*.tar")
+def _read_saved(path: Path, kind: str, paths: list[Path]):
+    import datasets
+
+    if (path / "state.json").is_file() and not any(file.suffix == ".arrow" for file in paths):
+        raise UserError(
+            f"data.path: {path} holds zero images; at least one is needed"
+        )  # datasets writes no file for none
+    table = datasets.load_from_disk(str(path))
+    if isinstance(table, datasets.DatasetDict):
+        folders = ", ".join(str(path / split) for split in table)
+        raise UserError(f"data.path: {path} holds several splits; accepted: one of {folders}")
+    return table
 
 
-def _files(path: Path, kind: str, pattern: str) -> list[Path]:
+def _files_of_folder(path: Path) -> list[Path]:
+    if not path.is_dir():
+        raise UserError(f"data.path: {path} is no folder; accepted with data.dataset imagefolder: a folder of images")
+    return [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
+
+
+def _files_like(pattern: str, kind: str, path: Path) -> list[Path]:
     files = sorted(path.glob(f"**/{pattern}")) if path.is_dir() else [path]
     if not files:
         raise UserError(
@@ -117,42 +174,20 @@ def _files(path: Path, kind: str, pattern: str) -> list[Path]:
     return files
 
 
-def _read_files(path: Path, kind: str, pattern: str):
-    import datasets
-
-    files = _files(path, kind, pattern)
+def _files_of_saved(path: Path) -> list[Path]:
+    described = [path / STATE_FILE, path / "dataset_info.json"]
     try:
-        table = datasets.load_dataset(kind, data_files=[str(file.absolute()) for file in files], split="train")
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        cause = error.__cause__ or error
-        raise UserError(
-            f"data.path: {path} cannot be read as {kind}: {_one_line(cause)}; accepted: {_ACCEPTED[kind]}"
-        ) from error
-    return table, _fingerprint(path, files, read=True)
+        names = [entry["filename"] for entry in json.loads(described[0].read_bytes())["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError):  # datasets meets the same error, where it can be told
+        names = [file.name for file in sorted(path.glob("*.arrow"))]
+    return described + [path / name for name in names]
 
 
-def _read_saved(path: Path):
-    import datasets
-
-    if (path / "state.json").is_file() and not any(path.glob("*.arrow")):  # datasets writes no file for no rows
-        raise UserError(f"data.path: {path} holds zero images; at least one is needed")
-    try:
-        table = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"data.path: {path} cannot be read: {_one_line(error)}; accepted with data.dataset saved: a folder of save_to_disk"
-        ) from error
-    if isinstance(table, datasets.DatasetDict):
-        folders = ", ".join(str(path / split) for split in table)
-        raise UserError(f"data.path: {path} holds several splits; accepted: one of {folders}")
-    return table, _fingerprint(path, sorted(path.glob("*.arrow")), read=True)
-
-
-_READERS = {
-    "imagefolder": _read_imagefolder,
-    "parquet": _read_parquet,
-    "webdataset": _read_webdataset,
-    "saved": _read_saved,
+_FINDERS = {
+    "imagefolder": _files_of_folder,
+    "parquet": functools.partial(_files_like, "*.parquet", "parquet"),
+    "webdataset": functools.partial(_files_like, "*.tar", "webdataset"),
+    "saved": _files_of_saved,
 }
 
 

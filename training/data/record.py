@@ -1,0 +1,102 @@
+"""What a run records of its data (data.json), so that it goes on with the data that it was started with.
+
+{"name", "length", "fingerprint", "before": [the same of data that the run had before, with "until_step"]}
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+
+from training.data.images import ImageDataset
+from training.data.latents import ENCODE_AGAIN, LatentDataset
+from training.errors import UserError
+
+SAID_BYTES = 2**31
+"""Reading more than that is announced."""
+
+
+class DataRecord:
+    """The data of a run that starts or goes on, and what it has on record of them.
+
+    Args:
+        dataset: the data now.
+        file: data.json of the run; a new run has none.
+        allow_changed: data.allow_changed.
+
+    Attributes:
+        is_new: whether the run has not had these data before.
+
+    Raises:
+        UserError: when the data are not those on record and that is not allowed, or the record is damaged.
+    """
+
+    def __init__(self, dataset: ImageDataset | LatentDataset, file: Path, *, allow_changed: bool):
+        self.dataset, self.file = dataset, file
+        self._recorded = _read(file)
+        self.is_new = self._recorded is None or self._recorded["fingerprint"] != dataset.fingerprint
+        if self._recorded is not None and self.is_new and not allow_changed:
+            raise UserError(
+                f"data.path: {dataset.name} has changed since this run was started (fingerprint {self._recorded['fingerprint']} "
+                f"then, {dataset.fingerprint} now); accepted: the same data, another output_dir, or --data.allow_changed true, "
+                "which goes on with the changed data"
+            )
+
+    def verify(self) -> None:
+        """Compare latents that are new to the run with the SHA-256 of their files, each rank a share. Collective.
+
+        A flipped bit of a latent shows nowhere else.
+
+        Raises:
+            UserError: on every rank, when a file is damaged.
+        """
+        if not self.is_new or not isinstance(self.dataset, LatentDataset):
+            return
+        total = sum(shard["bytes"] for shard in self.dataset.manifest["shards"])
+        if total > SAID_BYTES and dist.get_rank() == 0:
+            print(
+                f"{self.dataset.name}: reading {total / 2**30:.1f} GiB to compare them with their SHA-256", flush=True
+            )
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, self.dataset.damaged_shards(dist.get_rank(), dist.get_world_size()))
+        if damaged := [problem for part in parts for problem in part]:
+            more = f" and {len(damaged) - 3} more" if damaged[3:] else ""
+            raise UserError(f"data.path: {'; '.join(damaged[:3])}{more}; accepted: {ENCODE_AGAIN}")
+
+    def update(self, step: int) -> None:
+        """Record data that are new to the run, and keep on record those that it had before; say so. On the first rank.
+
+        Args:
+            step: optimizer steps done, on the data before.
+        """
+        if not self.is_new:
+            return
+        record = {"name": self.dataset.name, "length": len(self.dataset), "fingerprint": self.dataset.fingerprint}
+        if self._recorded is not None:
+            before = self._recorded.pop("before")
+            record["before"] = [*before, self._recorded | {"until_step": step}]
+            print(
+                f"data.allow_changed: {self.dataset.name} has changed (fingerprint {self._recorded['fingerprint']} up to step "
+                f"{step}, {self.dataset.fingerprint} now); the run goes on with the changed data",
+                flush=True,
+            )
+        partial = self.file.with_name(self.file.name + ".partial")
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self.file)
+        self.is_new = False
+
+
+def _read(file: Path) -> dict | None:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(record["fingerprint"], str) or not isinstance(record.setdefault("before", []), list):
+            raise TypeError("fingerprint, before: wrong types")
+        return record
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{file}: damaged ({type(error).__name__}: {error}); accepted: the file as the run wrote it; without one the data "
+            "are taken for those that the run was started with"
+        ) from error

@@ -1,0 +1,172 @@
+"""Which of a data set's files is damaged, and whether those that are in use are still what they were.
+
+Readers of data sets raise errors of many kinds, few of which name a file. So when one was raised, the files are read one by one
+until one cannot be. That costs nothing as long as all is well.
+"""
+
+import contextlib
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from training.errors import UserError
+
+STATE_FILE = "state.json"
+"""What save_to_disk writes beside its Arrow files."""
+STATE_KEYS = (
+    "_data_files",
+    "_fingerprint",
+    "_format_columns",
+    "_format_kwargs",
+    "_format_type",
+    "_output_all_columns",
+    "_split",
+)
+END_OF_TAR = bytes(1024)
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def damaged_file(files: Iterable[Path]) -> tuple[Path, str] | None:
+    """Return the first file that cannot be read, and why; None when all can. Every byte is read."""
+    for file in files:
+        try:
+            if not os.path.getsize(file):
+                return file, "is empty"
+            _READERS.get(file.suffix, _read)(file)
+        except Exception as error:  # this is what is looked for
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return file, f"cannot be read ({reason})"
+    return None
+
+
+def check_end(file: Path) -> None:
+    """Refuse a stream of Arrow record batches that was cut off between two of them: it would be read as one of fewer images.
+
+    Raises:
+        UserError: when the mark of the end, which ``save_to_disk`` writes, is not there.
+    """
+    with file.open("rb") as stream:
+        stream.seek(max(file.stat().st_size - len(END_OF_STREAM), 0))
+        if stream.read() != END_OF_STREAM:
+            raise UserError(
+                f"data.path: {file} is cut off: the mark of its end is missing; accepted: a whole copy of it"
+            )
+
+
+def check_tars(files: Iterable[Path], copy: Path) -> None:
+    """Refuse tar files with a damaged header, which readers take for the end: they would see fewer images and say nothing.
+
+    Args:
+        files: tar files.
+        copy: the folder in which ``datasets`` keeps what it read of them; a mark there says that they were whole.
+
+    Raises:
+        UserError: naming the first damaged file.
+    """
+    mark = copy / "tar_files_were_whole"
+    if mark.exists():
+        return
+    for file in files:
+        try:
+            with tarfile.open(file, "r:") as tar:
+                _check_headers(tar)
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise UserError(f"data.path: {file} cannot be read ({error}); accepted: a whole copy of it") from error
+    with contextlib.suppress(OSError):  # a copy that others made: then it is checked at every start
+        mark.touch()
+
+
+def _check_headers(tar: tarfile.TarFile) -> None:
+    for _ in tar:
+        pass
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(len(END_OF_TAR)) != END_OF_TAR:
+        raise tarfile.ReadError(f"neither a file nor the end at byte {tar.offset}")
+
+
+class MappedFiles:
+    """Files that are memory-mapped while a run goes on. Reading a page of one that was cut off ends the process with SIGBUS.
+
+    Args:
+        files: they are mapped already.
+    """
+
+    def __init__(self, files: Iterable[Path]):
+        self._found = [(file, os.stat(file)) for file in files]
+
+    def check(self) -> None:
+        """Raise UserError when a file has become shorter. One that was removed or replaced stays mapped as it was."""
+        for file, before in self._found:
+            try:
+                now = os.stat(file)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise UserError(
+                    f"data.path: {file} cannot be read: {error.strerror}; accepted: the file as it was"
+                ) from error
+            if now.st_size < before.st_size and os.path.samestat(now, before):
+                raise UserError(f"data.path: {file} was cut off while it was in use; accepted: the file as it was")
+
+
+def _read(file: Path) -> None:
+    with file.open("rb") as stream:
+        while stream.read(1 << 20):
+            pass
+
+
+def _read_parquet(file: Path) -> None:
+    with pq.ParquetFile(file) as table:
+        _read_schema(table.schema_arrow)
+        for group in range(table.num_row_groups):
+            table.read_row_group(group).validate(full=True)
+
+
+def _read_arrow(file: Path) -> None:
+    with pa.OSFile(str(file)) as source:
+        stream = pa.ipc.open_stream(source)
+        _read_schema(stream.schema)
+        for batch in stream:
+            batch.validate(full=True)
+
+
+def _read_schema(schema: pa.Schema) -> None:
+    import datasets  # costs a second to import
+
+    datasets.Features.from_arrow_schema(schema)
+
+
+def _read_tar(file: Path) -> None:
+    with tarfile.open(file, "r:") as tar:
+        for member in tar:
+            if member.isfile():
+                tar.extractfile(member).read()
+        _check_headers(tar)
+
+
+def _read_json(file: Path) -> None:
+    content = json.loads(file.read_bytes())
+    if file.name == STATE_FILE:
+        _ = [content[key] for key in STATE_KEYS], [entry["filename"] for entry in content["_data_files"]]
+
+
+def _read_json_lines(file: Path) -> None:
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+
+
+_READERS: dict[str, Callable[[Path], None]] = {
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".tar": _read_tar,
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+}
