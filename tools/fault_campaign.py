@@ -26,7 +26,7 @@ from tools.faults.campaign import Campaign, Result
 from tools.faults.launches import DeepSpeedStarter, choose_port
 from tools.faults.plan import Case, Schedule, kill_cases, signal_cases
 from tools.faults.tables import kill_table, one_line, signal_table
-from training.config import parse_config
+from training.command_line import parse_config
 from training.errors import UserError, exit_code
 
 TRAINING = {

@@ -16,7 +16,7 @@ from tools.faults.campaign import Campaign
 from tools.faults.inspection import step_of
 from tools.faults.moments import DATA, GRID, HALF_SHARD, STEP
 from tools.faults.plan import STOP_FILE, TERM, USR1, USR1_TWICE, Schedule, kill_cases, signal_cases
-from training.config import parse_config
+from training.command_line import parse_config
 
 RANKS = 2
 SEED = 0

@@ -25,7 +25,7 @@ from tools.faults.plan import (
     signal_cases,
 )
 from tools.faults.tables import kill_table, one_line, signal_table
-from training.config import parse_config
+from training.command_line import parse_config
 from training.errors import UserError
 
 SCHEDULE = Schedule(max_steps=12, save_every=3, grid_every=3, keep_last=2, batch=64)
