@@ -23,9 +23,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from model.images import grid_scale, make_grid, to_pil
+from model.pipeline import PIPELINE_FILE
 from model.sampling import SOLVERS, image_seeds
 from training.errors import UserError, exit_code
-from training.trained_weights import WEIGHTS, load_pipeline
+from training.trained_weights import WEIGHTS, find_checkpoint, load_pipeline
 
 GRID_IMAGES = 100
 
@@ -70,7 +71,10 @@ def sample(
         dist.init_process_group("gloo", timeout=timedelta(hours=4))  # only lines of text are exchanged, at the end
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    pipeline = load_pipeline(Path(checkpoint), weights=weights, dtype=getattr(torch, dtype))
+    path, verified = Path(checkpoint), False
+    if world_size > 1 and not (path / PIPELINE_FILE).is_file():
+        path, verified = _find_together(path, rank), True
+    pipeline = load_pipeline(path, weights=weights, dtype=getattr(torch, dtype), verified=verified)
     pipeline.to(device)
     conditions = _conditions(classes, prompts, pipeline.config.class_names)
     total = num_images or len(conditions)
@@ -97,6 +101,20 @@ def sample(
         lines = [line for part in parts or () for line in part]
     if rank == 0:
         _finish(folder, sorted(lines, key=lambda line: line["file"]), len(conditions))
+
+
+def _find_together(path: Path, rank: int) -> Path:
+    """Return the checkpoint that a path means, the same on all ranks: a run that trains on may write a newer one meanwhile."""
+    box: list = [None]
+    if rank == 0:
+        try:
+            box = [find_checkpoint(path)]
+        except UserError as error:
+            box = [error]
+    dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], UserError):
+        raise box[0]
+    return box[0]
 
 
 def _finish(folder: Path, lines: list[dict], num_conditions: int) -> None:

@@ -22,6 +22,7 @@ from training.checkpoint_manifest import (
     OWN_DIGEST,
     PARTIAL_SUFFIX,
     check_files,
+    check_manifest,
     describe_file,
     list_checkpoints,
     manifest_digest,
@@ -30,14 +31,13 @@ from training.checkpoint_manifest import (
 )
 from training.elastic import load_resharded
 from training.errors import UserError
-from training.zero import master_shards
-from training.zero_shards import OPTIMIZER_SUFFIX
+from training.zero import layout, master_shards
 
 LATEST = "latest"
 
 
 class CheckpointStore:
-    """The checkpoints of one run, shared by all ranks. Creating it and its methods are collective.
+    """The checkpoints of one run, shared by all ranks. Creating it and its methods, but for ``wait``, are collective.
 
     Args:
         folder: ``output_dir/checkpoints``, on a file system that all ranks see.
@@ -56,7 +56,6 @@ class CheckpointStore:
         self.failed_saves = 0
         self._saved = True
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
         # A thread's collectives must not mix with those of the training; gloo's need no device.
         self._group = dist.new_group(backend="gloo") if asynchronous else None
 
@@ -73,17 +72,25 @@ class CheckpointStore:
         """
         self.wait()
         final = self.folder / step_name(step)
-        self._saved = _agree(final.exists()) and not _gather_dict(dict(check_files(final, _share)))
+        exists = _agree(final.exists() if _is_first_rank() else None)
+        self._saved = exists and not _gather_dict(dict(check_files(final, _share)))
         if self._saved:
             return
-        problem = self._prepare(final, _bytes_to_write(engine))
+        problem = self._prepare(_bytes_to_write(engine))
         if problem is None:
             kind = DeferringCheckpointEngine if self.asynchronous else TolerantCheckpointEngine
             if not isinstance(engine.checkpoint_engine, kind):
                 engine.checkpoint_engine = kind(engine._config)
+                # DeepSpeed would copy its scripts beside the checkpoints: an error of that would be rank 0's alone.
+                engine._copy_recovery_script = lambda save_path: None
             tag = final.name + PARTIAL_SUFFIX
             engine.save_checkpoint(str(self.folder), tag=tag, client_state=client_state, save_latest=False)
-        manifest = {"step": step, "world_size": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
+        manifest = {
+            "step": step,
+            "world_size": dist.get_world_size(),
+            "zero_stage": engine.zero_optimization_stage(),
+            "layout": layout(engine),
+        }
         arguments = (final, problem, engine.checkpoint_engine, manifest)
         if not self.asynchronous:
             self._finish(*arguments)
@@ -91,22 +98,24 @@ class CheckpointStore:
         self._thread = threading.Thread(target=self._finish_in_thread, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def wait(self) -> bool:
-        """Wait until the newest save has ended; return whether its checkpoint is there."""
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the newest save has ended; return whether its checkpoint is there.
+
+        Args:
+            timeout: seconds; None waits for ever.
+        """
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            raise self._error
+            self._thread.join(timeout)
         return self._saved
 
-    def _prepare(self, final: Path, needed: int) -> str | None:
+    def _prepare(self, needed: int) -> str | None:
         """Make room for the files; return why that is not possible, the same on all ranks."""
         problem = None
         if _is_first_rank():
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(final.with_name(final.name + PARTIAL_SUFFIX), ignore_errors=True)
+                for left in self.folder.glob(f"*{PARTIAL_SUFFIX}"):  # by runs that were killed while they saved
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
                 free = shutil.disk_usage(self.folder).free
                 if free < needed:
                     problem = f"it needs {needed / 2**30:.3g} GiB, {self.folder} has {free / 2**30:.3g} GiB free"
@@ -114,48 +123,65 @@ class CheckpointStore:
                 problem = str(error)
         return _agree(problem)
 
-    def _finish_in_thread(self, *arguments) -> None:
+    def _finish_in_thread(self, final: Path, *arguments) -> None:
         try:
-            self._finish(*arguments)
-        except BaseException as error:  # raised again by ``wait``
-            self._error = error
+            self._finish(final, *arguments)
+        except Exception as error:  # of a collective, when another rank has gone: the main thread will meet it too
+            self._saved = False
+            self.failed_saves += 1
+            print(f"checkpoint {final.name} NOT saved: {type(error).__name__}: {error}", flush=True)
 
     def _finish(self, final: Path, problem: str | None, files: TolerantCheckpointEngine, manifest: dict) -> None:
         """Write what is not written yet, and commit; or take back what there is of a checkpoint with a problem."""
         problem = problem or self._write_and_commit(final, files, manifest)
+        if problem is None and _is_first_rank():
+            self._clean_up(final)
+        if problem is not None:
+            self.failed_saves += 1
+            if _is_first_rank():
+                shutil.rmtree(final.with_name(final.name + PARTIAL_SUFFIX), ignore_errors=True)
+                print(
+                    f"checkpoint {final.name} NOT saved: {problem}; earlier ones are untouched, training goes on",
+                    flush=True,
+                )
+            dist.barrier(self._group)
         self._saved = problem is None
-        if self._saved:
-            return
-        self.failed_saves += 1
-        if _is_first_rank():
-            shutil.rmtree(final.with_name(final.name + PARTIAL_SUFFIX), ignore_errors=True)
-            print(
-                f"checkpoint {final.name} NOT saved: {problem}; earlier ones are untouched, training goes on",
-                flush=True,
-            )
-        dist.barrier(self._group)
 
     def _write_and_commit(self, final: Path, engine_files: TolerantCheckpointEngine, manifest: dict) -> str | None:
-        """Return why it failed, the same on all ranks."""
+        """Return why it failed, the same on all ranks. Errors of the file system are exchanged, never raised by one rank."""
         partial = final.with_name(final.name + PARTIAL_SUFFIX)
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, engine_files.finish(), self._group)
-        if any(errors):
-            return "; ".join(message for part in errors for message in part)
-        # Listed by one rank: on a network file system others may see fewer files, and shares of different lists leave gaps.
-        names = _agree(sorted(p.name for p in partial.iterdir() if p.is_file()), self._group)
-        shards = sum(name.endswith(OPTIMIZER_SUFFIX) for name in names)
-        if shards != dist.get_world_size():
-            return f"{partial} has {shards} files *{OPTIMIZER_SUFFIX} of {dist.get_world_size()} ranks"
-        entries = _gather_dict({name: describe_file(partial / name) for name in _share(names)}, self._group)
-        problem = None
+        if problem := self._any_problem("; ".join(engine_files.finish())):
+            return problem
+        problem, names, mine = "", None, {}
+        if (
+            _is_first_rank()
+        ):  # on a network file system others may see fewer files, and shares of different lists leave gaps
+            try:
+                names = sorted(path.name for path in partial.iterdir() if path.is_file())
+            except OSError as error:
+                problem = str(error)
+        names = _agree(names, self._group)
+        try:
+            mine = {name: describe_file(partial / name) for name in _share(names or [])}
+        except OSError as error:
+            problem = str(error)
+        if problem := self._any_problem(problem):
+            return problem
+        entries = _gather_dict(mine, self._group)
         if _is_first_rank():
             manifest = manifest | {"files": dict(sorted(entries.items()))}
             try:
+                check_manifest(manifest)
                 self._commit(partial, final, manifest | {OWN_DIGEST: manifest_digest(manifest)})
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: a rank's file is missing
                 problem = str(error)
-        return _agree(problem, self._group)
+        return _agree(problem, self._group) or None
+
+    def _any_problem(self, mine: str) -> str:
+        """Return the problems of all ranks in one line; empty when there is none. Collective."""
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine, self._group)
+        return "; ".join(part for part in parts if part)
 
     def _commit(self, partial: Path, final: Path, manifest: dict) -> None:
         """Make a checkpoint of files that are all there, on the first rank."""
@@ -163,10 +189,17 @@ class CheckpointStore:
         _sync(partial)
         shutil.rmtree(final, ignore_errors=True)  # a damaged one
         os.replace(partial, final)
-        _write_durably(self.folder / (LATEST + PARTIAL_SUFFIX), final.name)
-        os.replace(self.folder / (LATEST + PARTIAL_SUFFIX), self.folder / LATEST)
         _sync(self.folder)
-        self._remove_old(final)
+
+    def _clean_up(self, committed: Path) -> None:
+        """Name the new checkpoint in ``latest`` and remove old ones; an error of that takes nothing from the checkpoint."""
+        try:
+            _write_durably(self.folder / (LATEST + PARTIAL_SUFFIX), committed.name)
+            os.replace(self.folder / (LATEST + PARTIAL_SUFFIX), self.folder / LATEST)
+            _sync(self.folder)
+            self._remove_old(committed)
+        except OSError as error:
+            print(f"checkpoint {committed.name} is saved, but old ones could not be removed: {error}", flush=True)
 
     def newest_valid(self) -> Path | None:
         """Return the newest checkpoint whose manifest verifies, the same on all ranks; None when there is none at all.
@@ -191,8 +224,13 @@ class CheckpointStore:
             UserError: when it cannot be read, or is of another network.
         """
         manifest = read_manifest(path)
-        stages = manifest["zero_stage"], engine.zero_optimization_stage()
-        fits = manifest["world_size"] == dist.get_world_size() and (stages[0] == 3) == (stages[1] == 3)
+        fits = manifest.get("layout") == layout(engine)
+        if not fits and _is_first_rank():
+            print(
+                f"{path} was written by {manifest['world_size']} ranks with ZeRO stage {manifest['zero_stage']}; its shards are "
+                f"cut anew for {dist.get_world_size()} with stage {engine.zero_optimization_stage()}",
+                flush=True,
+            )
         with safe_unpickling(path):
             if not (fits and same_run):
                 return load_resharded(engine, path)

@@ -52,8 +52,11 @@ class DeferringCheckpointEngine(TolerantCheckpointEngine):
         self._kept: list[tuple[dict, str]] = []
 
     def save(self, state_dict, path: str) -> None:
-        """Copy the state; training may change it afterwards."""
-        self._kept.append((_copy_to_host(state_dict), path))
+        """Copy the state, which training may change afterwards, or note why it could not be copied."""
+        try:
+            self._kept.append((_copy_to_host(state_dict), path))
+        except (MemoryError, RuntimeError) as error:
+            self.errors.append(f"{Path(path).name}: {str(error).splitlines()[0]}")
 
     def finish(self) -> list[str]:
         """Write what was kept, and let go of it; return the errors."""

@@ -9,9 +9,10 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from training.errors import UserError
-from training.zero_shards import OPTIMIZER_SUFFIX
+from training.zero_shards import MODEL_SUFFIX, OPTIMIZER_SUFFIX
 
 MANIFEST = "manifest.json"
 PARTIAL_SUFFIX = ".partial"
@@ -43,7 +44,7 @@ def read_manifest(path: Path) -> dict:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        _check_manifest(manifest)
+        check_manifest(manifest)
         return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path / MANIFEST}: missing or damaged ({error})") from error
@@ -71,18 +72,24 @@ def check_files(
                 yield name, "is missing"
             elif file.stat().st_size != entry["bytes"]:
                 yield name, f"has {file.stat().st_size} bytes instead of {entry['bytes']}"
-            elif contents and describe_file(file)["sha256"] != entry["sha256"]:
-                yield name, "has another SHA-256 than the manifest"
+            elif contents:
+                with file.open("rb") as stream:
+                    same = _sha256(stream) == entry["sha256"]
+                if not same:
+                    yield name, "has another SHA-256 than the manifest"
         except OSError as error:  # a rank that raised here would leave the others in a collective
             yield name, f"cannot be read: {error.strerror}"
 
 
 def describe_file(path: Path) -> dict:
-    """Return what a manifest says of a file, once it is on the disk for good."""
+    """Return what a manifest says of a file that was just written, once it is on the disk for good."""
     with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
         os.fsync(stream.fileno())
-    return {"bytes": path.stat().st_size, "sha256": digest}
+        return {"bytes": path.stat().st_size, "sha256": _sha256(stream)}
+
+
+def _sha256(stream: BinaryIO) -> str:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def manifest_digest(manifest: dict) -> str:
@@ -91,7 +98,7 @@ def manifest_digest(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _check_manifest(manifest: dict) -> None:
+def check_manifest(manifest: dict) -> None:
     """Raise ValueError, KeyError, TypeError or AttributeError for a manifest that ``save`` cannot have written."""
     files = manifest["files"]
     shards = sum(name.endswith(OPTIMIZER_SUFFIX) for name in files)
@@ -107,7 +114,11 @@ def _check_manifest(manifest: dict) -> None:
     for name, entry in files.items():
         if not FILE_NAME.fullmatch(name) or not DIGEST.fullmatch(entry["sha256"]):
             raise ValueError(f"files: {name!r} with SHA-256 {entry['sha256']!r}")
-    if shards == 0:
-        raise ValueError(f"files: no *{OPTIMIZER_SUFFIX}")
+    models = sum(name.endswith(MODEL_SUFFIX) for name in files)
+    expected = manifest["world_size"] if manifest["zero_stage"] == 3 else 1
+    if shards == 0 or models != expected:
+        raise ValueError(
+            f"files: {shards} *{OPTIMIZER_SUFFIX} and {models} *{MODEL_SUFFIX}; accepted: one or more, and {expected}"
+        )
     if manifest.get(OWN_DIGEST, digest := manifest_digest(manifest)) != digest:
         raise ValueError("it has another SHA-256 than it says")

@@ -12,6 +12,7 @@ from typing import Literal
 
 from training.errors import UserError
 
+MINUTES_OF_A_YEAR = 365 * 24 * 60
 LIMIT = 2**64
 """No number of a run reaches it: beyond, integers become no floats."""
 
@@ -301,6 +302,10 @@ class TrainingConfig:
         for name, value in not_negative.items():
             if not 0 <= value < LIMIT:
                 raise UserError(f"{name}: got {value}; accepted: 0 or more, less than 2^64")
+        if self.health.hang_minutes > MINUTES_OF_A_YEAR:
+            raise UserError(
+                f"health.hang_minutes: got {self.health.hang_minutes}; accepted: at most {MINUTES_OF_A_YEAR}"
+            )
         # The generator takes 64 bits; a picture's seed is the run's and the picture's number, 32 bits each.
         for name, value, bits in (
             ("seed", self.seed, 64),
@@ -311,7 +316,7 @@ class TrainingConfig:
                 raise UserError(f"{name}: got {value}; accepted: 0 to 2^{bits} - 1")
         if not math.isfinite(self.sample.cfg_scale):
             raise UserError(f"sample.cfg_scale: got {self.sample.cfg_scale}; accepted: a finite number")
-        paths = {"output_dir": self.output_dir, "deepspeed": self.deepspeed}
+        paths = {"output_dir": self.output_dir, "deepspeed": self.deepspeed, "resume": self.resume}
         paths |= {"data.path": self.data.path, "data.class_names": self.data.class_names}
         paths |= {"vlm.path": self.vlm.path, "codec.path": self.codec.path}
         for name, value in paths.items():

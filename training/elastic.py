@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from training.errors import UserError
-from training.zero import prepare_optimizer_state, refresh_model_weights, write_state
+from training.zero import holds_part, prepare_optimizer_state, refresh_model_weights, write_state
 from training.zero_shards import ZeroShards
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -39,7 +39,7 @@ def load_resharded(engine, folder: Path) -> dict:
     trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     prepare_optimizer_state(engine.optimizer, shards.state_keys, shards.updates)
     for name, parameter in trained.items():
-        for key in (None, *shards.state_keys):
+        for key in (None, *shards.state_keys) if holds_part(parameter) else ():
             write_state(parameter, shards.read(name, key), key)
     refresh_model_weights(engine.optimizer)
     _load_untrained(engine.module, frozen | shards.buffers())

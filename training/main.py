@@ -15,6 +15,7 @@ from datetime import timedelta
 import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.distributed import distributed_c10d
 
 from training.command_line import parse_command
 from training.dry_run import dry_run, format_table
@@ -31,8 +32,10 @@ def main() -> None:
         return
     # Before anything asks for the current device: DeepSpeed itself sets it only when it builds the engine.
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    # Longer than the watchdog's patience: it says who hangs, a collective's own timeout does not.
+    # Longer than the watchdog's patience: it says who hangs, a collective's own timeout does not. DeepSpeed makes groups of its
+    # own, which take torch's defaults.
     patience = timedelta(minutes=command.config.health.hang_minutes + 10)
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = patience
     deepspeed.init_distributed(timeout=patience)
     finished = Trainer(command.config).train()
     # Only here: after an error on one rank NCCL would wait, before the traceback is out, for others that wait in a collective.

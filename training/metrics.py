@@ -56,8 +56,10 @@ class LossMeter:
         return [totals.tolist() for totals in gathered]
 
     def load_state_dict(self, state: list) -> None:
-        """Take back this rank's sums; with another number of ranks the first one takes them all."""
+        """Take back this rank's sums; with another number of ranks the first one takes them all, with other bins none does."""
         totals = torch.tensor(state, dtype=torch.float64)
+        if totals.shape[1:] != self.totals.shape:  # logging.timestep_bins has changed
+            return
         if len(totals) == dist.get_world_size():
             self.totals.copy_(totals[dist.get_rank()])
         elif dist.get_rank() == 0:

@@ -102,6 +102,8 @@ class StopRequest:
         if self._copied is not None:
             self._copied.synchronize()
         self._stopped = self._stopped or bool(self._answer.item())
+        if self._stopped and self._is_first_rank:
+            self.stop_file.unlink(missing_ok=True)  # the next start, whatever this one comes to, is not asked to stop
 
     def _listen(self) -> None:
         """Read signal numbers as they come; signals that others handle in Python appear in the pipe too."""

@@ -1,10 +1,11 @@
 """The output_dir of a run: what it may hold at the start, which checkpoint the run starts from, what is written before step 1."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from model.vlm import build_tiny_image_processor, load_image_processor
-from training.checkpoint_manifest import MANIFEST, list_checkpoints
+from training.checkpoint_manifest import MANIFEST, PARTIAL_SUFFIX, STEP_FOLDER, list_checkpoints
 from training.config import TrainingConfig
 from training.errors import UserError
 from training.preemption import REQUEUE_FILE, STOP_FILE
@@ -16,6 +17,8 @@ CHECKPOINTS_FOLDER = "checkpoints"
 MODEL_FOLDER = "model"
 """The model folder without weights (model/pipeline.py)."""
 RESUME_AUTO, RESUME_NEVER = "auto", "never"
+MAY_BE_THERE = (STOP_FILE, REQUEUE_FILE, CONFIG_FILE + PARTIAL_SUFFIX)
+"""What the folder of a run that has not begun may hold."""
 NETWORK_FIELDS = ("model.", "vlm.", "codec.")
 """What a run that starts from another one's checkpoint must have in common with it."""
 
@@ -35,16 +38,29 @@ def check_output_dir(config: TrainingConfig) -> None:
                 f"output_dir: {folder} holds a run with another configuration ({'; '.join(changes)}); "
                 "accepted: the same values, or another output_dir"
             )
-    elif folder.exists() and (
-        not folder.is_dir() or any(path.name not in (STOP_FILE, REQUEUE_FILE) for path in folder.iterdir())
-    ):
+    elif folder.exists() and (not folder.is_dir() or any(path.name not in MAY_BE_THERE for path in folder.iterdir())):
         raise UserError(
             f"output_dir: {folder} exists and is not a training run; accepted: a new or empty folder, or a run's"
         )
 
 
-def origin(config: TrainingConfig) -> Path | None:
-    """Return the folder of the other run whose checkpoint, named by ``resume``, a new run starts from; None for all other runs.
+@dataclass(frozen=True)
+class Origin:
+    """The other run that a new one starts from: its output_dir, and the checkpoints that ``resume`` names, oldest first."""
+
+    run: Path
+    checkpoints: list[Path]
+
+
+def named_checkpoints(path: Path) -> list[Path]:
+    """Return the checkpoints that a path means, oldest first: one step's folder, or all of an output_dir; none are verified."""
+    if path.is_dir() and (STEP_FOLDER.fullmatch(path.name) or (path / MANIFEST).is_file()):
+        return [path]
+    return list_checkpoints(path / CHECKPOINTS_FOLDER)
+
+
+def find_origin(config: TrainingConfig) -> Origin | None:
+    """Return the other run whose checkpoint, named by ``resume``, a new run starts from; None for all other runs.
 
     Once the run has a checkpoint of its own it goes on from that: a job that is requeued starts with the same command again.
 
@@ -53,31 +69,29 @@ def origin(config: TrainingConfig) -> Path | None:
             ``never`` and there are checkpoints.
     """
     own = list_checkpoints(Path(config.output_dir) / CHECKPOINTS_FOLDER)
-    if config.resume == RESUME_AUTO:
+    if config.resume == RESUME_AUTO or (config.resume == RESUME_NEVER and not own):
         return None
     if config.resume == RESUME_NEVER:
-        if own:
-            raise UserError(
-                f"resume: never, but {config.output_dir} has {len(own)} checkpoints, the newest {own[-1].name}; "
-                "accepted: auto, or another output_dir"
-            )
-        return None
-    path = Path(config.resume)
-    one_step = (path / MANIFEST).is_file()
-    if not one_step and not list_checkpoints(path / CHECKPOINTS_FOLDER):
         raise UserError(
-            f"resume: {path} holds no checkpoint; accepted: auto, never, a training output_dir, or one step's folder of it"
+            f"resume: never, but {config.output_dir} has {len(own)} checkpoints, the newest {own[-1].name}; "
+            "accepted: auto, or another output_dir"
         )
-    run = path.resolve().parent.parent if one_step else path.resolve()
-    if run == Path(config.output_dir).resolve():
-        if one_step and path.name != own[-1].name:
+    path = Path(config.resume)
+    if path.resolve().is_relative_to(Path(config.output_dir).resolve()) and own:
+        if STEP_FOLDER.fullmatch(path.name) and path.name != own[-1].name:
             raise UserError(
                 f"resume: {path} is not the newest checkpoint of output_dir, {own[-1].name} is; accepted: another output_dir, "
                 "which then starts from it"
             )
         return None
-    if own:
+    if own:  # the named one may have been removed since
         return None
+    checkpoints = named_checkpoints(path)
+    if not checkpoints:
+        raise UserError(
+            f"resume: {path} holds no checkpoint; accepted: auto, never, a training output_dir, or one step's folder of it"
+        )
+    run = checkpoints[0].resolve().parent.parent
     if not (run / CONFIG_FILE).is_file():
         raise UserError(
             f"resume: {run / CONFIG_FILE} not found; accepted: a checkpoint in the output_dir that it was written to"
@@ -85,7 +99,7 @@ def origin(config: TrainingConfig) -> Path | None:
     changes = [line for line in differences(load_config(run / CONFIG_FILE), config) if line.startswith(NETWORK_FIELDS)]
     if changes:
         raise UserError(f"resume: {path} is of another network ({'; '.join(changes)}); accepted: the same values")
-    return run
+    return Origin(run, checkpoints)
 
 
 def write_components(config: TrainingConfig, pipeline: LatteFlowPipeline) -> None:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from training.checkpoint_io import safe_unpickling
-from training.checkpoint_manifest import MANIFEST, STEP_FOLDER, check_files, list_checkpoints
+from training.checkpoint_manifest import check_files
 from training.ema import EMA_KEY
 from training.errors import UserError
-from training.run_folder import CHECKPOINTS_FOLDER, MODEL_FOLDER
+from training.run_folder import MODEL_FOLDER, named_checkpoints
 from training.zero_shards import ZeroShards
 
 logger = logging.getLogger(__name__)
@@ -25,26 +25,27 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         UserError: when there is none.
     """
-    if (path / MANIFEST).is_file() or STEP_FOLDER.fullmatch(path.name):
-        problems = dict(check_files(path))
-        if problems:
-            raise UserError(f"{path}: damaged: " + "; ".join(f"{name} {what}" for name, what in problems.items()))
-        return path
-    for candidate in reversed(list_checkpoints(path / CHECKPOINTS_FOLDER)):
-        problems = dict(check_files(candidate))
-        if not problems:
+    candidates = named_checkpoints(path)
+    for candidate in reversed(candidates):
+        damage = "; ".join(f"{name} {what}" for name, what in check_files(candidate))
+        if not damage:
             return candidate
-        logger.warning("%s skipped: %s", candidate, "; ".join(f"{name} {what}" for name, what in problems.items()))
+        if candidates == [path]:
+            raise UserError(f"{path}: damaged: {damage}")
+        logger.warning("%s skipped: %s", candidate, damage)
     raise UserError(f"{path}: holds no valid checkpoint; accepted: a training output_dir, or one step's folder of it")
 
 
-def load_pipeline(path: Path, *, weights: str = "ema", dtype: torch.dtype = torch.float32) -> LatteFlowPipeline:
+def load_pipeline(
+    path: Path, *, weights: str = "ema", dtype: torch.dtype = torch.float32, verified: bool = False
+) -> LatteFlowPipeline:
     """Load what a CHECKPOINT argument names: a training output_dir, one step's folder of it, or an exported model folder.
 
     Args:
         path: the folder.
         weights: ``ema`` or ``model``, for training checkpoints; an exported folder holds one kind.
         dtype: the type of the networks.
+        verified: that ``find_checkpoint`` has just returned the path: its files are not read once more to see if they are whole.
 
     Raises:
         UserError: when the folder is none of these, or is damaged.
@@ -52,7 +53,7 @@ def load_pipeline(path: Path, *, weights: str = "ema", dtype: torch.dtype = torc
     try:
         if (path / PIPELINE_FILE).is_file():
             return LatteFlowPipeline.from_pretrained(path, dtype=dtype)
-        checkpoint = find_checkpoint(path)
+        checkpoint = path if verified else find_checkpoint(path)
         components = checkpoint.parent.parent / MODEL_FOLDER
         return LatteFlowPipeline.from_pretrained(components, weights=read_weights(checkpoint, weights), dtype=dtype)
     except (FileNotFoundError, ValueError) as error:

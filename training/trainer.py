@@ -23,7 +23,7 @@ from model.images import to_pil
 from model.latte_flow import LatteFlowModel
 from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from training.checkpoint import CheckpointStore, newest_valid
-from training.checkpoint_manifest import MANIFEST, list_checkpoints, step_name
+from training.checkpoint_manifest import step_name
 from training.components import build_components, parameter_groups
 from training.config import TrainingConfig
 from training.data.datasets import ImageDataset, load_image_dataset
@@ -41,13 +41,16 @@ from training.run_folder import (
     DATA_FILE,
     MODEL_FOLDER,
     check_output_dir,
-    origin,
+    find_origin,
     write_components,
 )
 from training.sample_grid import SampleGrid, samples_per_rank
 from training.saved_config import differences, load_config, save_config, to_yaml
 from training.stragglers import RankTimer
-from training.watchdog import Watchdog
+from training.watchdog import PHASES, Watchdog
+
+ABANDON_SECONDS = 600.0
+"""How long a run that ends by an error waits for a checkpoint that is being written."""
 
 
 class Trainer:
@@ -68,15 +71,15 @@ class Trainer:
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
 
         check_output_dir(config)
-        self.origin = origin(config)
-        dist.barrier()  # nobody writes before all have looked
+        self.origin = find_origin(config)
+        dist.barrier()  # the stop request removes a file that others look at
         self.stop = StopRequest(self.output_dir, self.device)
         images = load_image_dataset(config.data)
         data_record = DataRecord(images, self.output_dir / DATA_FILE, allow_changed=config.data.allow_changed)
         data_record.verify()
         is_new = not (self.output_dir / MODEL_FOLDER / PIPELINE_FILE).is_file()
         vlm, self.tokenizer, codec, model_config, pipeline_config = build_components(
-            config, images, (self.origin if self.origin and is_new else self.output_dir) / MODEL_FOLDER
+            config, images, (self.origin.run if self.origin and is_new else self.output_dir) / MODEL_FOLDER
         )
         experts = model_config.timestep_experts()
         self.layout = make_batch_layout(
@@ -111,6 +114,7 @@ class Trainer:
             self.contexts = None
             tokens = tokenize_prompts(self.tokenizer, self.messages)
             self.prompt_inputs = {name: t.to(self.device) for name, t in tokens.items()}
+        dist.barrier()  # nobody writes before all have read what the run has
         if self.rank == 0:
             pipeline = LatteFlowPipeline(model, vlm, self.tokenizer, self.codec, pipeline_config)
             write_components(config, pipeline)
@@ -200,27 +204,12 @@ class Trainer:
         self._logged_step, self._logged_time = self.step, time.perf_counter()
         self.watchdog.start()
         stopped = False
-        while self.step < config.max_steps and not stopped:
-            logs = (self.step + 1) % config.logging.every == 0 or self.step + 1 == config.max_steps
-            gradient_norms = self.train_step(batches, report_gradients=logs)
-            progress.update()
-            last = self.step == config.max_steps
-            if logs:
-                progress.set_postfix(loss=f"{self._log(gradient_norms):.4f}")
-            if self.health.skipped_in_a_row >= config.health.max_skipped_steps:
-                self._give_up()
-            draws = config.sample.every and (last or self.step % config.sample.every == 0)
-            if draws:
-                self._draw_samples()
-            self._enter("after the step")
-            stopped = not last and self.stop.poll(wait=bool(draws))
-            if last or stopped or self.step % config.checkpoint.every == 0:
-                self._save()
-            if (last or stopped) and not self.checkpoints.wait():
-                raise UserError(
-                    f"output_dir: the checkpoint of step {self.step}, at which the run ends, could not be written to "
-                    f"{self.checkpoints.folder}; the same command resumes from the one before"
-                )
+        try:
+            while self.step < config.max_steps and not stopped:
+                stopped = self._train_once(batches, progress)
+        except BaseException:
+            self.checkpoints.wait(ABANDON_SECONDS)  # one that is being written in the background is worth waiting for
+            raise
         progress.close()
         self.watchdog.stop()
         if self.writer:
@@ -229,6 +218,32 @@ class Trainer:
         if stopped:
             self._say(f"stopped at step {self.step} with a checkpoint; the same command resumes the run")
         return not stopped
+
+    def _train_once(self, batches, progress: tqdm) -> bool:
+        """Train a step and do all that is due after it; return whether the run was asked to stop."""
+        config = self.config
+        logs = (self.step + 1) % config.logging.every == 0 or self.step + 1 == config.max_steps
+        gradient_norms = self.train_step(batches, report_gradients=logs)
+        progress.update()
+        last = self.step == config.max_steps
+        if self.health.skipped_in_a_row >= config.health.max_skipped_steps:
+            self._give_up()
+        if logs:
+            progress.set_postfix(loss=f"{self._log(gradient_norms):.4f}")
+        draws = config.sample.every and (last or self.step % config.sample.every == 0)
+        if draws:
+            self._draw_samples()
+        self._enter("after the step")
+        stopped = not last and self.stop.poll(wait=bool(draws))
+        # In a row of skipped steps nothing is saved that is not asked for: the newest checkpoint stays the one from before.
+        if last or stopped or (self.step % config.checkpoint.every == 0 and not self.health.skipped_in_a_row):
+            self._save(before_skipped=not last)
+        if (last or stopped) and not self.checkpoints.wait():
+            raise UserError(
+                f"output_dir: the checkpoint of step {self.step}, at which the run ends, could not be written to "
+                f"{self.checkpoints.folder}; the same command resumes from the one before"
+            )
+        return stopped
 
     def train_step(self, batches, *, report_gradients: bool) -> dict[str, Tensor]:
         """Do one optimizer step: every micro-batch forward and backward, then the update.
@@ -244,18 +259,18 @@ class Trainer:
             group["lr"] = self.learning_rate(self.step)
         norms, trained, skipped_before = {}, [], self.engine.skipped_steps
         for micro_step in range(self.layout.accumulation_steps):
-            self._enter("data")
+            self._enter("data", micro_step)
             with self.timer.on_host():
                 batch = next(batches).to(self.device)
-            self._enter("forward")
+            self._enter("forward", micro_step)
             with self.timer.on_device():
                 losses = self.compute_losses(batch)
-            self._enter("backward")
+            self._enter("backward", micro_step)
             self.engine.backward(losses.mean())
             trained.append((losses.detach(), batch.groups, batch.timesteps, batch.sample_indices))
             if report_gradients and micro_step == self.layout.accumulation_steps - 1:
                 norms = expert_gradient_norms(self.engine, self.group_labels)
-            self._enter("optimizer step")
+            self._enter("optimizer step", micro_step)
             self.engine.step()
         self.step += 1
         losses = torch.cat([losses for losses, *_ in trained])
@@ -275,22 +290,19 @@ class Trainer:
             UserError: always.
         """
         count = self.health.skipped_in_a_row
-        if self.step % self.config.logging.every:
-            self._log({})
-        # Skipped steps have left the weights as they were; only counters have moved.
-        self.engine.global_steps -= count
-        self.engine.skipped_steps -= count
-        self.engine.global_samples -= count * self.config.global_batch_size
         before = self.step - count
-        where = "those that the run started with"
-        if before:
-            self._save(skipped=count)
-        if before and self.checkpoints.wait():
-            where = f"in {self.checkpoints.folder / step_name(before)}"
+        self._save(before_skipped=True)
+        if before == 0:
+            where = "are those that the run started with"
+        elif self.checkpoints.wait():
+            where = f"are in {self.checkpoints.folder / step_name(before)}"
+        else:
+            where = "could not be saved; the newest checkpoint is an earlier one"
+        self._log({})
         raise UserError(
             f"health.max_skipped_steps: steps {before + 1} to {self.step}, {count} in a row, were skipped because their loss or "
-            f"gradient is not finite (samples in metrics.jsonl); the weights before them are {where}; accepted: mended data, or "
-            "another output_dir with --resume CHECKPOINT and a smaller optimizer.lr"
+            f"gradient is not finite (samples in metrics.jsonl); the weights before them {where}; accepted: mended data (with "
+            "--data.allow_changed true), or another output_dir with --resume CHECKPOINT and a smaller optimizer.lr"
         )
 
     def compute_losses(self, batch: Batch) -> Tensor:
@@ -358,43 +370,49 @@ class Trainer:
             self.writer.image(self.step, "samples", grid)
             self.writer.flush()
 
-    def _save(self, *, skipped: int = 0) -> None:
+    def _save(self, *, before_skipped: bool = False) -> None:
         """Save a checkpoint, which may go on in the background. Collective.
 
         Args:
-            skipped: save the state before so many steps, all of which were skipped.
+            before_skipped: when the newest steps were skipped, save the state before them: a start from there tries them again.
         """
         self._enter("checkpoint")
-        step = self.step - skipped
-        state = {
-            "step": step,
-            "meter": self.meter.state_dict(),
-            "health": self.health.state_dict(forget_skipped=skipped),
-        }
+        count = self.health.skipped_in_a_row if before_skipped else 0
+        step = self.step - count
+        if step == 0:
+            return
+        # Skipped steps have left the weights as they were; only counters have moved.
+        self._move_counters(-count)
+        state = {"step": step, "meter": self.meter.state_dict(), "health": self.health.state_dict(forget_skipped=count)}
         self.checkpoints.save(self.engine, step, state)
+        self._move_counters(count)
 
-    def _enter(self, phase: str) -> None:
+    def _move_counters(self, skipped_steps: int) -> None:
+        self.engine.global_steps += skipped_steps
+        self.engine.skipped_steps += skipped_steps
+        self.engine.global_samples += skipped_steps * self.config.global_batch_size
+
+    def _enter(self, phase: str, micro_step: int = 0) -> None:
         """Tell the watchdog what this rank begins to do in the step at hand, or after it."""
-        trained = phase in ("logging", "sampling", "checkpoint", "after the step")
-        self.watchdog.enter(self.step if trained else self.step + 1, phase)
+        trained = PHASES.index(phase) >= PHASES.index("logging")
+        self.watchdog.enter(self.step if trained else self.step + 1, phase, micro_step)
 
     def _resume(self) -> int:
         """Load the checkpoint that the run goes on from and return its step; 0 when the run starts from nothing."""
         path = self.checkpoints.newest_valid()
-        if path is None and self.origin is not None:
-            named = Path(self.config.resume)
-            folders = [named] if (named / MANIFEST).is_file() else list_checkpoints(named / CHECKPOINTS_FOLDER)
-            path = newest_valid(folders)
-            changes = differences(load_config(self.origin / CONFIG_FILE), self.config)
-            self._say(f"a new run from {path}" + "".join(f"; {change}" for change in changes))
-        elif path is not None:
+        if path is not None:
             self._say(f"resumed from {path}")
-        if path is None:
+            state = self.checkpoints.load(self.engine, path)
+            self.meter.load_state_dict(state["meter"])
+            if "health" in state:  # checkpoints of older versions have none
+                self.health.load_state_dict(state["health"])
+            return state["step"]
+        if self.origin is None:
             return 0
-        state = self.checkpoints.load(self.engine, path, same_run=self.origin is None)
-        self.meter.load_state_dict(state["meter"])
-        self.health.load_state_dict(state["health"])
-        return state["step"]
+        path = newest_valid(self.origin.checkpoints)
+        changes = differences(load_config(self.origin.run / CONFIG_FILE), self.config)
+        self._say(f"a new run from {path}" + "".join(f"; {change}" for change in changes))
+        return self.checkpoints.load(self.engine, path, same_run=False)["step"]
 
     def _describe(self, images: ImageDataset) -> str:
         """Return in two lines what is trained, on what, and how the batch is spread."""

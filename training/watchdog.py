@@ -13,31 +13,31 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 
 EXIT_HUNG = os.EX_SOFTWARE
-PHASES = ("data", "forward", "backward", "optimizer step", "logging", "sampling", "checkpoint", "after the step")
-"""What a step consists of, in this order."""
+PHASES = ("data", "forward", "backward", "optimizer step", "logging", "sampling", "after the step", "checkpoint")
+"""What a step consists of, in this order; the first four once a micro-batch."""
 ANSWER_SECONDS = 10.0
 """How long the store may take; a stopped process answers never, and no timeout of torch's store covers that."""
 CLAIM, GUILTY = "claim", "guilty"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Note:
-    """Where a rank stands: in a phase of a step, counted from 1. ``beat`` counts its publications."""
+    """Where a rank stands: in a phase of a micro-batch of a step, which is counted from 1."""
 
     step: int
+    micro_step: int
     phase: str
-    beat: int = 0
 
     @property
-    def position(self) -> tuple[int, int]:
+    def position(self) -> tuple[int, int, int]:
         """Sorts notes by how far they are."""
-        return self.step, PHASES.index(self.phase)
+        return self.step, self.micro_step, PHASES.index(self.phase)
 
     def __str__(self) -> str:
         return f"step {self.step}, {self.phase}"
@@ -54,7 +54,7 @@ class Watchdog:
         self.limit = limit
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._interval = min(limit / 4, 15.0)
-        self._beat = 0
+        self._beats = 0  # publications; a rank whose number stands still does not answer
         self.enter(0, PHASES[-1])
         self._store = _make_store(self.rank)
         self._calls = ThreadPoolExecutor(1, thread_name_prefix="watchdog store")
@@ -66,9 +66,9 @@ class Watchdog:
         self.enter(0, PHASES[-1])
         self._thread.start()
 
-    def enter(self, step: int, phase: str) -> None:
+    def enter(self, step: int, phase: str, micro_step: int = 0) -> None:
         """Note that the main thread begins a phase, one of PHASES."""
-        self._note, self._since = Note(step, phase), time.monotonic()
+        self._note = Note(step, micro_step, phase)
 
     def stop(self) -> None:
         """Stop watching, when the run ends."""
@@ -78,32 +78,41 @@ class Watchdog:
         self._calls.shutdown(wait=False, cancel_futures=True)
 
     def _watch(self) -> None:
+        seen, intervals = self._note, 0
         while not self._done.wait(self._interval):
             self._publish()
-            note, seconds = self._note, time.monotonic() - self._since
-            if seconds > self.limit:
-                self._end(note, seconds)
+            # Counted, not timed: a job that is suspended and continued has not hung.
+            seen, intervals = self._note, intervals + 1 if self._note is seen else 0
+            if intervals * self._interval > self.limit:
+                self._end(seen)
+                intervals = 0
 
     def _publish(self) -> None:
-        self._beat += 1
-        note = Note(self._note.step, self._note.phase, self._beat)
-        self._ask("set", str(self.rank), json.dumps(asdict(note)))
+        self._beats += 1
+        self._ask("set", str(self.rank), json.dumps([self._beats, *astuple(self._note)]))
 
-    def _end(self, mine: Note, seconds: float) -> None:
+    def _end(self, mine: Note) -> None:
+        """Say who hangs and leave; return only if the main thread has gone on meanwhile."""
         claims = self._ask("add", CLAIM, 1)
         if claims is None:
             if self.rank == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one of each node at least
                 _say(
                     "error: rank 0, which knows where all ranks stand, does not answer: its process is stopped or dead, or its "
-                    f"node is gone; rank {self.rank} has been in {mine} for {seconds:.0f} s (health.hang_minutes "
-                    f"{self.limit / 60:g}); the same command resumes the run from its newest checkpoint"
+                    f"node is gone; rank {self.rank} has been in {mine} for {self.limit / 60:g} minutes (health.hang_minutes); "
+                    "the same command resumes the run from its newest checkpoint"
                 )
         elif claims == 1:
-            _say(self._explain(mine, seconds))
+            explanation = self._explain(mine)
+            if self._note is not mine:
+                self._ask("set", CLAIM, "0")
+                return
+            _say(explanation)
             time.sleep(self._interval)  # for the tracebacks of those who are to blame
         else:
             deadline = time.monotonic() + 4 * self._interval + ANSWER_SECONDS
             while time.monotonic() < deadline and not self._ask("check", [GUILTY]):
+                if self._note is not mine:
+                    return
                 self._publish()  # silence would make this rank look dead
                 time.sleep(self._interval / 2)
             guilty = self._ask("get", GUILTY)
@@ -113,34 +122,37 @@ class Watchdog:
         # Not an exception: the main thread waits inside a library and would never see it.
         os._exit(EXIT_HUNG)
 
-    def _explain(self, mine: Note, seconds: float) -> str:
+    def _explain(self, mine: Note) -> str:
         before = self._read_notes()
         time.sleep(2 * self._interval)
-        notes = self._read_notes() | {self.rank: mine}
+        notes = self._read_notes() | {self.rank: (0, mine)}
         silent = [
             rank
             for rank in range(self.world_size)
-            if rank not in notes or (rank != self.rank and rank in before and notes[rank].beat == before[rank].beat)
+            if rank not in notes or (rank != self.rank and rank in before and notes[rank][0] == before[rank][0])
         ]
-        spoken = {r: n for r, n in notes.items() if r not in silent}
+        spoken = {rank: note for rank, (_, note) in notes.items() if rank not in silent}
         last = min(note.position for note in spoken.values())
-        guilty = silent or [r for r, note in spoken.items() if note.position == last]
-        self._ask("set", GUILTY, json.dumps(guilty))
-        head = f"error: no progress for {seconds:.0f} s (health.hang_minutes {self.limit / 60:g}) in step {mine.step}: "
+        guilty = silent or [rank for rank, note in spoken.items() if note.position == last]
+        if self._note is mine:
+            self._ask("set", GUILTY, json.dumps(guilty))
+        head = f"error: no progress for {self.limit / 60:g} minutes (health.hang_minutes) in step {mine.step}: "
         if silent:
             who = f"{_ranks(silent)} does not answer: its process is stopped or dead, or its node is gone"
         elif len(guilty) == self.world_size:
             who = f"all ranks are in {spoken[guilty[0]]}"
         else:
-            others = sorted({str(note) for r, note in spoken.items() if r not in guilty})
+            others = sorted({str(note) for rank, note in spoken.items() if rank not in guilty})
             who = f"{_ranks(guilty)} is in {spoken[guilty[0]]}, while the others are in {'; '.join(others)}"
         return f"{head}{who}; the same command resumes the run from its newest checkpoint"
 
-    def _read_notes(self) -> dict[int, Note]:
+    def _read_notes(self) -> dict[int, tuple[int, Note]]:
+        """Return rank -> (its publications, its note)."""
         notes = {}
         for rank in range(self.world_size):
             if self._ask("check", [str(rank)]) and (text := self._ask("get", str(rank))):
-                notes[rank] = Note(**json.loads(text))
+                beats, *note = json.loads(text)
+                notes[rank] = beats, Note(*note)
         return notes
 
     def _ask(self, method: str, *arguments):

@@ -3,6 +3,8 @@
 These are DeepSpeed's internals: names that a new version may change. Everything else of the project goes through the engine.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable
 
 import torch
@@ -99,3 +101,23 @@ def write_state(parameter: Tensor, value: Tensor, key: str | None = None) -> Non
         safe_set_local_fp32_param(parameter, part)
     else:
         safe_set_local_optimizer_state(parameter, part, key)
+
+
+def holds_part(parameter: Tensor) -> bool:
+    """Return whether this rank's shard has any of a trained parameter, so that ``write_state`` does anything."""
+    return hasattr(parameter, "ds_id") or parameter._hp_mapping is not None
+
+
+def layout(engine) -> str:
+    """Return a digest of how an engine cuts the trained state into shards: those of an equal layout are read as they are.
+
+    It changes with the ranks and the kind of stage, and with options of DeepSpeed's file that order or align parameters.
+    """
+    zero = engine.optimizer
+    order = [[[name, list(shape)] for name, shape in group.items()] for group in engine._get_zero_param_shapes()]
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        cut = [shard.numel() for shard in master_shards(zero)]
+    else:
+        cut = [zero.partition_size, zero.round_robin_bit16_padding]
+    content = json.dumps([dist.get_world_size(), engine.zero_optimization_stage() == 3, order, cut])
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -16,6 +16,7 @@ from deepspeed.utils import zero_to_fp32
 from torch import Tensor
 
 OPTIMIZER_SUFFIX = "_optim_states.pt"
+MODEL_SUFFIX = "_model_states.pt"
 STEP_KEY = "step"
 STATE_KEYS = {
     1: ("single_partition_of_fp32_groups", "base_optimizer_state"),

@@ -137,12 +137,14 @@ def dump_state() -> None:
 
 
 def poison() -> None:
-    """Make the losses of some samples not finite: POISON holds the first and the last of their global indices, "70 75"."""
-    first, last = map(int, os.environ["POISON"].split())
+    """Make the losses of some samples not finite: POISON holds first and last global indices, "70 71 230 230"."""
+    numbers = list(map(int, os.environ["POISON"].split()))
     compute_losses = Trainer.compute_losses
 
     def poisoned(self, batch):
-        hit = (batch.sample_indices >= first) & (batch.sample_indices <= last)
+        hit = torch.zeros_like(batch.sample_indices, dtype=torch.bool)
+        for first, last in zip(numbers[::2], numbers[1::2], strict=True):
+            hit |= (batch.sample_indices >= first) & (batch.sample_indices <= last)
         return compute_losses(self, batch) * torch.where(hit, torch.nan, 1.0)
 
     Trainer.compute_losses = poisoned

@@ -32,9 +32,9 @@ def assert_same_weights(run, one: int, other: int) -> None:
 
 @pytest.fixture(scope="module")
 def poisoned(command):
-    """Samples 70 and 71, of step 3, are not finite. The run dies after step 6 and goes on with one rank instead of two."""
+    """Samples 70, 71 (step 3) and 230 (step 8) are not finite. The run dies after step 6 and goes on with one rank, not two."""
     fields = {"checkpoint__every": 1, "checkpoint__keep_last": 0, "sample__every": 0}
-    poison = {"POISON": "70 71"}
+    poison = {"POISON": "70 71 230 230"}
     died = command.train(
         ranks=2, hooks=("poison", "die_after_step"), variables=poison | {"DIE_AFTER_STEP": "6"}, code=9, **fields
     )
@@ -45,22 +45,30 @@ def poisoned(command):
 def poisoned_zero3(command):
     """The same in one go, where another part of DeepSpeed looks at the gradients."""
     fields = {"checkpoint__every": 1, "checkpoint__keep_last": 0, "sample__every": 0, "precision": "bf16"}
-    return command.train(ranks=2, zero="zero3", hooks=("poison",), variables={"POISON": "70 71"}, **fields)
+    return command.train(ranks=2, zero="zero3", hooks=("poison",), variables={"POISON": "70 71 230 230"}, **fields)
 
 
 @pytest.mark.parametrize("fixture", ["poisoned", "poisoned_zero3"])
 def test_a_step_that_is_not_finite_is_skipped_counted_and_its_samples_named(request, fixture):
     run = request.getfixturevalue(fixture)
     assert column(run.output_dir, "step") == list(range(1, STEPS + 1))
-    assert column(run.output_dir, "skipped_steps") == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert column(run.output_dir, "skipped_steps") == [0, 0, 1, 1, 1, 1, 1, 2]
     entries = metrics(run.output_dir)
     assert entries[2]["skipped"] == [{"step": 3, "samples": [64, 95], "nonfinite_loss": [70, 71]}]
-    assert (entries[2]["loss"], entries[2]["grad_norm"]) == (None, None)
-    assert not any("skipped" in entry for i, entry in enumerate(entries) if i != 2)
-    assert all(1 < entry["loss"] < 2 for i, entry in enumerate(entries) if i != 2)
-    assert_same_weights(run, 2, 3)
+    assert entries[7]["skipped"] == [{"step": 8, "samples": [224, 255], "nonfinite_loss": [230]}]
+    for i, entry in enumerate(entries):
+        if i in (2, 7):
+            assert (entry["loss"], entry["grad_norm"]) == (None, None)
+        else:
+            assert "skipped" not in entry
+            assert 1 < entry["loss"] < 2
+    # A checkpoint in a row of skipped steps would be newer than the one from before; only the end of the run is one.
+    assert [path.name for path in list_checkpoints(run.output_dir / "checkpoints")] == [
+        f"step_000000{step}" for step in (1, 2, 4, 5, 6, 7, 8)
+    ]
+    assert_same_weights(run, 7, 8)
     with pytest.raises(AssertionError):
-        assert_same_weights(run, 3, 4)
+        assert_same_weights(run, 6, 7)
 
 
 def test_many_in_a_row_end_the_run_with_a_checkpoint_from_before(command, one_rank):
@@ -89,7 +97,7 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(command):
         code=EXIT_HUNG,
     )  # fmt: skip
     (line,) = [line for line in run.finished.output.splitlines() if line.startswith("error:")]
-    assert "(health.hang_minutes 0.05)" in line
+    assert "no progress for 0.05 minutes (health.hang_minutes)" in line
     assert "in step 3: rank 1 is in step 3, data, while the others are in step 3, " in line
     assert "wait_for_ever" in run.finished.output  # where it stands in the code
     assert [path.name for path in list_checkpoints(run.output_dir / "checkpoints")][-1] == "step_0000002"

@@ -71,10 +71,10 @@ class TestCheckFiles:
         assert problems(folder) == {MODEL: "has another SHA-256 than the manifest"}
 
     def test_two_files_exchanged(self, tmp_path):
-        folder = write_checkpoint(tmp_path, 1, {"a": b"12", "b_optim_states.pt": b"21"})
-        (folder / "a").write_bytes(b"21")
+        folder = write_checkpoint(tmp_path, 1, {"a_model_states.pt": b"12", "b_optim_states.pt": b"21"})
+        (folder / "a_model_states.pt").write_bytes(b"21")
         (folder / "b_optim_states.pt").write_bytes(b"12")
-        assert set(problems(folder)) == {"a", "b_optim_states.pt"}
+        assert set(problems(folder)) == {"a_model_states.pt", "b_optim_states.pt"}
 
     def test_a_folder_in_a_files_place(self, folder):
         (folder / MODEL).unlink()
@@ -242,5 +242,21 @@ def test_a_damaged_later_step_does_not_push_out_the_one_that_was_saved(tmp_path)
     (damaged / MODEL).unlink()
     partial = saved.rename(f"{saved}.partial")
     store._commit(partial, saved, json.loads((partial / "manifest.json").read_text()))
+    store._clean_up(saved)
     assert [path.name for path in list_checkpoints(store.folder)] == [saved.name, damaged.name]
     assert find_checkpoint(tmp_path) == saved
+
+
+def test_old_ones_that_cannot_be_removed_take_nothing_from_the_new_one(tmp_path, monkeypatch, capsys):
+    store = CheckpointStore(tmp_path / "checkpoints", keep_last=1)
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step)
+
+    def busy(path):
+        raise OSError(16, "Device or resource busy", str(path))
+
+    monkeypatch.setattr("training.checkpoint.shutil.rmtree", busy)
+    store._clean_up(store.folder / step_name(2))
+    assert "step_0000002 is saved, but old ones could not be removed: [Errno 16]" in capsys.readouterr().out
+    assert (store.folder / "latest").read_text() == step_name(2)
+    assert [path.name for path in list_checkpoints(store.folder)] == [step_name(1), step_name(2)]

@@ -7,7 +7,7 @@ import pytest
 
 from training.command_line import parse_config
 from training.errors import UserError
-from training.run_folder import check_output_dir, origin
+from training.run_folder import Origin, check_output_dir, find_origin
 from training.saved_config import save_config
 
 
@@ -23,8 +23,8 @@ def make_run(folder: Path, *steps: int, **fields) -> Path:
     return folder
 
 
-def start(output_dir: Path, resume, *arguments: str) -> Path | None:
-    return origin(parse_config(["--output_dir", str(output_dir), "--resume", str(resume), *arguments]))
+def start(output_dir: Path, resume, *arguments: str) -> Origin | None:
+    return find_origin(parse_config(["--output_dir", str(output_dir), "--resume", str(resume), *arguments]))
 
 
 @pytest.fixture
@@ -32,16 +32,21 @@ def other(tmp_path):
     return make_run(tmp_path / "other", 4, 8)
 
 
-@pytest.mark.parametrize("which", [".", "checkpoints/step_0000004", "checkpoints/step_0000008"])
-def test_a_new_run_starts_from_the_named_one(tmp_path, other, which):
-    assert start(tmp_path / "run", other / which) == other
+@pytest.mark.parametrize(
+    ("which", "steps"), [(".", [4, 8]), ("checkpoints/step_0000004", [4]), ("checkpoints/step_0000008", [8])]
+)
+def test_a_new_run_starts_from_the_named_one(tmp_path, other, which, steps):
+    found = start(tmp_path / "run", other / which)
+    assert found == Origin(other, [other / "checkpoints" / f"step_{step:07d}" for step in steps])
 
 
 def test_the_named_one_is_left_as_soon_as_there_are_own_checkpoints(tmp_path, other):
-    """A job that is requeued starts with the same command."""
+    """A job that is requeued starts with the same command, and the named checkpoint may be gone by then."""
     run = make_run(tmp_path / "run")
-    assert start(run, other) == other
-    assert start(make_run(tmp_path / "later", 9), other) is None
+    assert start(run, other).run == other
+    later = make_run(tmp_path / "later", 9)
+    assert start(later, other) is None
+    assert start(later, other / "checkpoints" / "step_0000001") is None
 
 
 def test_auto_and_never(tmp_path, other):
@@ -83,7 +88,7 @@ def test_a_runs_own_newest_is_no_other_run_and_an_older_one_is_refused(other):
 )
 def test_a_run_may_start_from_one_that_differs_in_all_but_the_network(tmp_path, other, changed, accepted):
     if accepted:
-        assert start(tmp_path / "run", other, *changed) == other
+        assert start(tmp_path / "run", other, *changed).run == other
         return
     with pytest.raises(
         UserError, match=rf"resume: .* is of another network \({changed[0].removeprefix('--')}: the run has"
@@ -102,6 +107,7 @@ def test_output_dirs_that_may_be_used(tmp_path, other):
     check_output_dir(parse_config(["--output_dir", str(other), "--max_steps", "9"]))
     (tmp_path / "asked to stop").mkdir()
     (tmp_path / "asked to stop" / "stop").touch()
+    (tmp_path / "asked to stop" / "config.yaml.partial").touch()  # killed before anything else was written
     check_output_dir(parse_config(["--output_dir", str(tmp_path / "asked to stop")]))
 
 
