@@ -57,7 +57,7 @@ output_dir=$(
     python - "${arguments[@]}" <<'PYTHON' | tail -n 1
 import sys
 
-from training.config import parse_config
+from training.command_line import parse_config
 from training.errors import exit_code
 
 sys.exit(exit_code(lambda: print(parse_config().output_dir)))

@@ -39,7 +39,8 @@ from model.latte_flow import LatteFlowModel
 from model.sampling import sample_latents
 from model.timestep_experts import TimestepExperts
 from model.vlm import build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
-from training.config import Assumptions, DataConfig, TrainingConfig, parse_config
+from training.command_line import parse_config
+from training.config import Assumptions, DataConfig, TrainingConfig
 from training.data.datasets import load_image_dataset
 from training.data.latent_writer import LatentWriter
 from training.data.latents import FORMAT, latent_columns

@@ -1,38 +1,19 @@
-"""The training configuration: typed dataclasses, read from YAML and the command line by jsonargparse.
+"""The fields of a training run: typed dataclasses, each with the meaning of its fields and a check of their values.
 
-Every field can be set in a YAML file (``--config``) and on the command line (``--optimizer.lr 1e-3``); the command line wins.
-Unknown fields are errors. The fields under ``model`` are those of model.configuration.LatteFlowConfig.
+The fields under ``model`` are those of model.configuration.LatteFlowConfig. training/command_line.py reads them all, from YAML
+files and the command line.
 """
 
-import dataclasses
-import functools
-import inspect
 import math
 import os
-import re
 import string
-import sys
-import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from transformers import PretrainedConfig
-
-from model.configuration import LatteFlowConfig
-from training.config_file import check_config_file
 from training.errors import UserError
-
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 
 LIMIT = 2**64
 """No number of a run reaches it: beyond, integers become no floats."""
-
-# The VLM and the codec decide these; everything else of the network's configuration can be set under ``model``.
-DERIVED_MODEL_FIELDS = {"vlm_config", "latent_channels", "latent_size"}
 
 
 @dataclass
@@ -361,13 +342,6 @@ def _has_one_blank(template: str) -> bool:
         return False
 
 
-class _Parser(ArgumentParser):
-    """An argument parser whose errors are UserErrors: one line, without the page of usage in front of it."""
-
-    def error(self, message, ex=None):
-        raise UserError(" ".join(str(message).split()))
-
-
 @dataclass(frozen=True)
 class Assumptions:
     """What a dry run cannot count.
@@ -390,191 +364,3 @@ class Assumptions:
         for name, value in vars(self).items():
             if not 0 < value < LIMIT:
                 raise UserError(f"assume.{name}: got {value}; accepted: greater than 0, less than 2^64")
-
-
-@dataclass(frozen=True)
-class Command:
-    """A parsed command line: the run, and whether to only say what it would cost."""
-
-    config: TrainingConfig
-    dry_run: bool
-    assume: Assumptions
-
-
-@functools.cache
-def make_parser() -> ArgumentParser:
-    """Return the parser of training/main.py: every field of TrainingConfig, and the network's under ``model``."""
-    parser = _Parser(prog="training/main.py", description="Train LaTtE-Flow with DeepSpeed.", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file of fields; default: the digits preset")
-    # The launcher names the rank of each process it starts; DeepSpeed reads it from the environment.
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--dry_run", action="store_true", help="print what the run would cost, and stop")
-    parser.add_class_arguments(Assumptions, "assume")
-    parser.add_class_arguments(TrainingConfig, skip={"model"})
-    inherited = {f.name for f in dataclasses.fields(PretrainedConfig)}
-    parser.add_class_arguments(LatteFlowConfig, "model", skip=DERIVED_MODEL_FIELDS | inherited)
-    return parser
-
-
-def parse_command(argv: Sequence[str] | None = None) -> Command:
-    """Parse a command line. Without ``--config`` the digits preset is the start.
-
-    Raises:
-        UserError: for an unknown field, a value of the wrong type, a missing file.
-    """
-    files, rest = _split_off_files(sys.argv[1:] if argv is None else argv)
-    files = files or [str(DEFAULT_CONFIG)]
-    for file in files:
-        check_config_file(file, _sections(TrainingConfig) | {"model", "assume"})
-    parser = make_parser()
-    try:
-        # Later arguments win: the files come first wherever they stand on the command line.
-        namespace = parser.parse_args([f"--config={file}" for file in files] + rest)
-    except UserError:
-        raise
-    except ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from error
-    except (ValueError, OverflowError) as error:  # of integers that are no floats, or that Python does not even print
-        number = re.search(r"(\S+?)[ =]-?\d{300}", " ".join(rest))
-        raise UserError(
-            f"{number[1].lstrip('-') if number else files[-1]}: {error}; accepted: less than 2^64"
-        ) from error
-    _check_values({f.name: f.type for f in dataclasses.fields(TrainingConfig) if f.name != "model"}, namespace)
-    _check_values({"model": _network_fields(), "assume": Assumptions}, namespace)
-    if not isinstance(namespace.dry_run, bool):
-        raise UserError(f"dry_run: got {namespace.dry_run!r}; accepted: true or false")
-    model = _plain(namespace.model.as_dict())
-    fields = parser.instantiate(namespace)
-    names = [f.name for f in dataclasses.fields(TrainingConfig) if f.name != "model"]
-    config = TrainingConfig(**{name: fields[name] for name in names}, model=model)
-    return Command(config=config, dry_run=fields["dry_run"], assume=fields["assume"])
-
-
-def _split_off_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the values of ``--config``, and the other arguments."""
-    files, rest, arguments = [], [], iter(argv)
-    for argument in arguments:
-        if argument == "--config":
-            files.append(next(arguments, ""))
-        elif argument.startswith("--config="):
-            files.append(argument.removeprefix("--config="))
-        else:
-            rest.append(argument)
-    return files, rest
-
-
-def _sections(fields: type, prefix: str = "") -> set[str]:
-    """Return the dotted names of the fields of a dataclass that are dataclasses, at any depth."""
-    inner = {f"{prefix}{f.name}": f.type for f in dataclasses.fields(fields) if dataclasses.is_dataclass(f.type)}
-    return inner.keys() | {name for field, kind in inner.items() for name in _sections(kind, f"{field}.")}
-
-
-def _network_fields() -> dict:
-    """Return the type of every field that can be set under ``model``."""
-    parameters = inspect.signature(LatteFlowConfig.__init__).parameters.values()
-    return {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in DERIVED_MODEL_FIELDS}
-
-
-def _check_values(types: dict, values: Namespace, prefix: str = "") -> None:
-    """Raise UserError for a null or a missing section, both of which jsonargparse lets through."""
-    for name, accepted in types.items():
-        value = values.get(name)
-        if dataclasses.is_dataclass(accepted):
-            accepted = {f.name: f.type for f in dataclasses.fields(accepted)}
-        if isinstance(accepted, dict):
-            if not isinstance(value, Namespace):
-                raise UserError(f"{prefix}{name}: got {value!r}; accepted: the fields {', '.join(accepted)}")
-            _check_values(accepted, value, f"{prefix}{name}.")
-        elif value is None and type(None) not in typing.get_args(accepted):
-            raise UserError(f"{prefix}{name}: got null; accepted: {getattr(accepted, '__name__', accepted)}")
-
-
-def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
-    """Parse a command line and return the run it describes.
-
-    Raises:
-        UserError: as ``parse_command``.
-    """
-    return parse_command(argv).config
-
-
-def load_config(path: Path) -> TrainingConfig:
-    """Read the fully resolved configuration of a run, written by ``save_config``.
-
-    Raises:
-        UserError: when the file is missing or is no training configuration.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: not found; accepted: the config.yaml of a training output_dir")
-    try:
-        return parse_config(["--config", str(path)])
-    except UserError as error:  # the command line that is being parsed names another file, or none
-        raise UserError(f"{path}: {error}") from error
-
-
-def save_config(config: TrainingConfig, path: Path) -> None:
-    """Write every field with its value as YAML; the file is replaced as a whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(to_yaml(config))
-    os.replace(partial, path)
-
-
-def to_yaml(config: TrainingConfig) -> str:
-    """Return every field with its value as YAML text."""
-    return yaml.dump(_plain(dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes every text that is not plainly one: readers of YAML disagree on what 0E0 is."""
-
-
-def _represent_text(dumper: yaml.Dumper, text: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if re.match(r"[A-Za-z/]", text) else '"')
-
-
-_Dumper.add_representer(str, _represent_text)
-
-
-def _plain(value):
-    """Replace tuples by lists: YAML has no tuples."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-# What may differ between a run and its resumption: how long, how often it is logged, and how it is spread over machines.
-RESUMABLE_CHANGES = (
-    "output_dir",
-    "deepspeed",
-    "resume",
-    "max_steps",
-    "micro_batch_size",
-    "data.num_workers",
-    "data.allow_changed",
-    "checkpoint",
-    "health",
-    "logging",
-    "sample",
-    "model.attention_backend",
-    "vlm.context_cache",
-    "vlm.context_cache_gib",
-)
-
-
-def differences(saved: TrainingConfig, current: TrainingConfig) -> list[str]:
-    """Return one line a field that differs between a saved run and the command that resumes it and may not."""
-
-    def flatten(tree: dict, prefix: str = "") -> dict:
-        flat = {}
-        for key, value in tree.items():
-            nested = isinstance(value, dict) and value
-            flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-        return flat
-
-    old, new = (flatten(_plain(dataclasses.asdict(c))) for c in (saved, current))
-    return [
-        f"{name}: the run has {old.get(name)!r}, this command {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-        and not any(name == change or name.startswith(change + ".") for change in RESUMABLE_CHANGES)
-    ]

@@ -93,3 +93,10 @@ def _fields(tree: dict, path: str) -> Iterator[tuple[str, object]]:
                 f"config: {path} holds more than {MAX_VALUES} values, or more than {MAX_DEPTH} inside another"
             )
         left += [(name, item, depth + 1) for name, item in items]
+
+
+def plain_values(value):
+    """Return nested dicts and lists of values with lists in place of tuples: YAML has none."""
+    if isinstance(value, dict):
+        return {key: plain_values(item) for key, item in value.items()}
+    return [plain_values(item) for item in value] if isinstance(value, tuple | list) else value

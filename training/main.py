@@ -16,7 +16,7 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from training.config import parse_command
+from training.command_line import parse_command
 from training.dry_run import dry_run, format_table
 from training.errors import exit_code
 from training.preemption import EXIT_STOPPED

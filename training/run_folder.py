@@ -5,9 +5,10 @@ from pathlib import Path
 from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from model.vlm import build_tiny_image_processor, load_image_processor
 from training.checkpoint_manifest import MANIFEST, list_checkpoints
-from training.config import TrainingConfig, differences, load_config, save_config
+from training.config import TrainingConfig
 from training.errors import UserError
 from training.preemption import REQUEUE_FILE, STOP_FILE
+from training.saved_config import differences, load_config, save_config
 
 CONFIG_FILE = "config.yaml"
 DATA_FILE = "data.json"

@@ -25,7 +25,7 @@ from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from training.checkpoint import CheckpointStore, newest_valid
 from training.checkpoint_manifest import MANIFEST, list_checkpoints, step_name
 from training.components import build_components, parameter_groups
-from training.config import TrainingConfig, differences, load_config, save_config, to_yaml
+from training.config import TrainingConfig
 from training.data.datasets import ImageDataset, load_image_dataset
 from training.data.loader import Batch, FlowMatchingSamples, make_loader
 from training.data.record import DataRecord
@@ -45,6 +45,7 @@ from training.run_folder import (
     write_components,
 )
 from training.sample_grid import SampleGrid, samples_per_rank
+from training.saved_config import differences, load_config, save_config, to_yaml
 from training.stragglers import RankTimer
 from training.watchdog import Watchdog
 

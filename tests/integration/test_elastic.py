@@ -39,7 +39,13 @@ def test_ranks_and_stage_may_change_at_every_restart(command, one_rank, tmp_path
     """The first change, of the stage alone, goes through DeepSpeed's own loading."""
     output = tmp_path / "run"
     batches, before = {}, None
-    for ranks, zero, until in [(2, "zero1", 2), (2, "zero2", 3), (1, "zero2", 5), (2, "zero3", 7), (1, "zero1", 8)]:
+    for ranks, zero, until in [
+        (2, "zero1", 2),
+        (2, "zero2", 3),
+        (1, "zero2_offload", 5),
+        (2, "zero3", 7),
+        (1, "zero1", 8),
+    ]:
         run = command.train(
             output_dir=output, ranks=ranks, zero=zero, max_steps=until, sample__every=0,
             hooks=("record_batches",) if before is None else ("record_batches", "dump_state"),

@@ -2,17 +2,26 @@
 
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.integration.launching import column, metrics
-from tests.integration.test_preemption import wait_for_steps
+from tests.integration.launching import Ranks, column, metrics
 from tests.integration.test_resume import assert_same_metrics
 from tests.integration.test_training import STEPS, assert_weights_equal
 from training.checkpoint_manifest import list_checkpoints
 from training.trained_weights import read_weights
 from training.watchdog import EXIT_HUNG
+
+
+def wait_for_steps(run: Ranks, output_dir: Path, count: int) -> None:
+    """Wait until a run has logged some steps."""
+    file = output_dir / "metrics.jsonl"
+    while not file.exists() or file.read_text().count("\n") < count:
+        assert run.processes[0].is_alive(), run.log.read_text()
+        time.sleep(0.05)
 
 
 def assert_same_weights(run, one: int, other: int) -> None:

@@ -10,8 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.integration.launching import column, metrics
 from tests.integration.test_training import STEPS
 from training.checkpoint_manifest import list_checkpoints, read_manifest
-from training.config import Assumptions, load_config
+from training.config import Assumptions
 from training.dry_run import dry_run
+from training.saved_config import load_config
 
 GROUPS = range(4)
 TIMESTEP_BINS = [f"{i * 100:04d}_{(i + 1) * 100:04d}" for i in range(10)]

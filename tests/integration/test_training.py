@@ -19,8 +19,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditiona
 from model.vlm import build_tiny_vlm
 from tests.integration.launching import ROOT, column, metrics
 from training.components import tiny_vlm_parts
-from training.config import load_config
 from training.data.datasets import load_image_dataset
+from training.saved_config import load_config
 from training.trained_weights import load_pipeline, read_weights
 
 STEPS = 8

@@ -13,18 +13,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import training.config
-from training.config import (
-    DEFAULT_CONFIG,
-    TrainingConfig,
-    differences,
-    load_config,
-    parse_config,
-    save_config,
-    to_yaml,
-)
+from training.command_line import DEFAULT_CONFIG, parse_config
+from training.config import TrainingConfig
 from training.data.loader import BatchLayout
 from training.deepspeed_config import load_deepspeed_config, make_batch_layout
 from training.errors import UserError
+from training.saved_config import differences, load_config, save_config, to_yaml
 
 PRESETS = sorted(Path(training.config.__file__).parent.glob("configs/*.yaml"))
 REPOSITORY = Path(training.config.__file__).parents[1]

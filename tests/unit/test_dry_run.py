@@ -11,8 +11,9 @@ from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 from model.configuration import LatteFlowConfig
 from model.context_cache import FixedContextCache, PromptEncoder
 from model.latte_flow import LatteFlowModel
+from training.command_line import parse_command, parse_config
 from training.components import build_components
-from training.config import Assumptions, parse_command, parse_config
+from training.config import Assumptions
 from training.data.datasets import load_image_dataset
 from training.deepspeed_config import load_deepspeed_config, make_batch_layout
 from training.dry_run import dry_run, format_table

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from tests.unit.test_checkpoint_files import CONTENTS, entries, write_checkpoint
 from training.checkpoint_manifest import manifest_digest, read_manifest
-from training.config import DEFAULT_CONFIG, TrainingConfig, load_config, parse_config, save_config, to_yaml
+from training.command_line import DEFAULT_CONFIG, parse_config
+from training.config import TrainingConfig
 from training.data.loader import BatchLayout
 from training.deepspeed_config import load_deepspeed_config
 from training.errors import UserError
+from training.saved_config import load_config, save_config, to_yaml
 from training.trained_weights import find_checkpoint
 
 # Examples are shown as found: shrinking one that hangs would take hours.

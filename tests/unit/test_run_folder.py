@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from training.config import parse_config, save_config
+from training.command_line import parse_config
 from training.errors import UserError
 from training.run_folder import check_output_dir, origin
+from training.saved_config import save_config
 
 
 def make_run(folder: Path, *steps: int, **fields) -> Path:
