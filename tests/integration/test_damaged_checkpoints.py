@@ -119,13 +119,13 @@ def said_by(folder) -> dict | None:
         return {name: value for name, value in read_manifest(folder).items() if name != "sha256"}
 
 
-def test_every_single_flipped_bit_of_a_real_manifest_is_found(run):
-    """All but one in the name of its own digest, which turns it into a manifest of an older version that says the same."""
+def test_a_flipped_bit_in_any_byte_of_a_real_manifest_is_found(run):
+    """Every third bit of it, but for the name of its own digest: without that it is of an older version and says the same."""
     path = run / "checkpoints" / NEWEST / "manifest.json"
     whole, said = path.read_bytes(), said_by(path.parent)
     path.unlink()  # a link
     harmless = set()
-    for bit in range(8 * len(whole)):
+    for bit in range(0, 8 * len(whole), 3):
         path.write_bytes(flipped(whole, bit))
         read = said_by(path.parent)
         if read is not None:

@@ -114,7 +114,8 @@ FLIPS = [
         ("webdataset", "a.tar", 5),  # name in a header
         ("saved", "data-00000-of-00001.arrow", 5),  # length of the schema
         ("saved", "data-00000-of-00001.arrow", 200),  # features in the schema
-        ("saved", "state.json", 5),
+        ("saved", "state.json", 5),  # name of the list of files
+        ("saved", "state.json", 200),  # another name
         ("saved", "dataset_info.json", 0),
         ("imagefolder", "metadata.jsonl", 0),
     )
@@ -135,6 +136,17 @@ def test_a_picture_that_is_a_link_to_nothing_is_named(emoji, tmp_path):
     replace_by_link(folder / "0003.png", "/nowhere/at/all")
     with pytest.raises(UserError, match=rf"data\.path: {folder}/0003.png cannot be read \(No such file"):
         load("imagefolder", folder)
+
+
+@pytest.mark.parametrize("kind", ["saved", "webdataset"])
+def test_a_caption_that_is_no_text_any_more_is_named(emoji, tmp_path, kind):
+    folder = copy_of(emoji, kind, tmp_path)
+    file = folder / FILES[kind][0]
+    caption = load(kind, folder).captions[0].encode()
+    flip(file, file.read_bytes().index(caption), 7)
+    with pytest.raises(UserError, match=r"^data\.(path|text_column): .*accepted: ") as error:
+        load(kind, folder)
+    assert str(file if kind == "saved" else folder) in str(error.value)
 
 
 def test_a_missing_file_of_a_saved_data_set_is_named(emoji, tmp_path):

@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -28,9 +29,9 @@ IMAGES, SHARD = 1257, 500
 CONFIG = DataConfig(dataset="latents", resolution=8, horizontal_flip=False)
 
 
-def encode(folder: Path) -> None:
+def encode(folder: Path, source: Path | str = "digits") -> None:
     settings = {"codec": "pixel", "resolution": 8, "shard_size": SHARD, "num_workers": 0, "device": "cpu"}
-    encode_latents(source="digits", output=str(folder), **settings)
+    encode_latents(source=str(source), output=str(folder), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,19 @@ def test_a_label_of_no_class_is_named(folder):
         load(folder)
 
 
+def test_a_caption_that_is_no_text_any_more_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    pictures = {"image": [np.full((8, 8, 3), i, dtype=np.uint8) for i in range(4)], "text": ["a cat", "a dog"] * 2}
+    datasets.Dataset.from_dict(pictures, features).to_parquet(tmp_path / "a.parquet")
+    encode(tmp_path / "latents", source=tmp_path / "a.parquet")
+    (file,) = shards(tmp_path / "latents")
+    assert len(load(tmp_path / "latents").prompts) == 2
+    flip(file, file.read_bytes().index(b"a cata dog"), 7)
+    with pytest.raises(UserError, match=rf"data\.path: {file} is damaged \(.*UTF8"):
+        load(tmp_path / "latents")
+
+
 def vouched(folder: Path, content: bytes) -> None:
     """Write a manifest, and a state.json that says that it is the right one."""
     (folder / "manifest.json").write_bytes(content)
@@ -152,6 +166,15 @@ def check_manifest(folder: Path, content: bytes) -> None:
         assert latents.sample(IMAGES - 1, flip=False)["latent"].shape == (1, 8, 8)
         assert len(latents) == IMAGES
         assert {Path(latents.name, entry["file"]).parent for entry in latents.manifest["shards"]} == {folder}
+
+
+def test_a_file_of_more_rows_than_the_manifest_says_is_named(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["num_images"] -= 1
+    manifest["shards"][2]["rows"] -= 1
+    vouched(folder, json.dumps(manifest).encode())
+    with pytest.raises(UserError, match=rf"data\.path: {shards(folder)[2]} is damaged \(257 rows instead of 256\)"):
+        load(folder)
 
 
 @pytest.fixture(scope="module")

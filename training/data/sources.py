@@ -108,9 +108,7 @@ def _read_source(kind: str, path: Path):
         return table, _fingerprint(path, files, read=kind != "imagefolder")
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # datasets lets pass whatever a reader meets: of tarfile, json, pyarrow, or a missing key
+    except Exception as error:  # datasets lets pass whatever a reader meets, of tarfile, json or pyarrow
         described = paths
         if kind == "imagefolder":  # of pictures only that they are there; what cannot be decoded is another matter
             missing = [file for file in paths if not file.exists()]
