@@ -161,7 +161,7 @@ def main() -> None:
     plan_of["training"] = training
     claim_folder(arguments.output, plan_of)
     output = arguments.output.resolve()
-    start = DeepSpeedStarter(arguments.ranks, choose_port(arguments.seed))
+    start = DeepSpeedStarter(arguments.ranks, choose_port())
     campaign = Campaign(start=start, arguments=training, schedule=schedule, ranks=arguments.ranks, output=output)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # through the finally below
     results = []

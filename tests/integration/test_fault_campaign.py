@@ -19,7 +19,8 @@ from tools.faults.plan import STOP_FILE, TERM, USR1, USR1_TWICE, Schedule, kill_
 from training.command_line import parse_config
 
 RANKS = 2
-SEED = 0
+SEED = 1008
+"""Its eight kills lie in eight moments, five of them of a save, hit every victim, and damage a newest checkpoint."""
 FIRST_SIGNAL_RUN = 100
 
 

@@ -4,6 +4,7 @@ A launch is one process group: the launcher, whose process id names it, and the 
 """
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -12,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from random import Random
 from typing import Protocol
 
 from training.errors import UserError
@@ -77,9 +77,11 @@ class DeepSpeedStarter:
             buffer.unlink()
 
 
-def choose_port(seed: int) -> int:
-    """Return a free port below those that the system hands out by itself, so that it stays free between two starts."""
-    random = Random(f"{seed} port")
+def choose_port() -> int:
+    """Return a free port below those that the system hands out by itself, so that it stays free between two starts.
+
+    It is no part of the plan and does not depend on the seed: two campaigns on one machine must not meet.
+    """
     while True:
         port = random.randrange(20_000, 32_000)
         with socket.socket() as probe:
