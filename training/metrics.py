@@ -92,12 +92,20 @@ class MetricsWriter:
     def __init__(self, output_dir: Path, resumed_step: int):
         self.path = output_dir / "metrics.jsonl"
         if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= resumed_step]
+            lines = self.path.read_bytes().splitlines(keepends=True)
             partial = self.path.with_suffix(".jsonl.partial")
-            partial.write_text("".join(kept))
+            partial.write_bytes(
+                b"".join(line for line in lines if line.endswith(b"\n") and self._is_kept(line, resumed_step))
+            )
             os.replace(partial, self.path)
         self.writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step + 1)
+
+    def _is_kept(self, line: bytes, resumed_step: int) -> bool:
+        try:
+            return json.loads(line)["step"] <= resumed_step
+        except (ValueError, KeyError, TypeError) as error:
+            print(f"{self.path}: a damaged line is left out ({error}): {line[:80]!r}", flush=True)
+            return False
 
     def scalars(self, step: int, metrics: dict) -> None:
         """Log one step's numbers; what is no number, such as a list of events, goes to metrics.jsonl only.

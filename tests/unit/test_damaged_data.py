@@ -267,13 +267,13 @@ def test_a_mapped_file_on_a_file_system_that_went_away(tmp_path):
     (tmp_path / "folder").mkdir()
     file = tmp_path / "folder" / "file"
     file.write_bytes(b"content")
-    mapped = MappedFiles([file])
-    mapped.check()
+    mapped = MappedFiles([file], None)
+    mapped.check(0)
     file.unlink()
     (tmp_path / "folder").rmdir()
     (tmp_path / "folder").write_text("no folder")  # ENOTDIR stands for the errors that a network file system has
     with pytest.raises(UserError, match=rf"data\.path: {file} cannot be read: Not a directory"):
-        mapped.check()
+        mapped.check(0)
 
 
 def test_a_picture_that_is_removed_is_a_broken_one(emoji, tmp_path):
@@ -309,3 +309,16 @@ def test_a_data_worker_that_was_killed_is_said_in_one_line(capsys, number, named
 def test_other_errors_keep_their_traceback():
     with pytest.raises(RuntimeError, match="of mine"):
         exit_code(lambda: (_ for _ in ()).throw(RuntimeError("of mine")))
+
+
+def test_of_the_mapped_files_only_the_one_of_the_row_is_looked_at(tmp_path):
+    """There may be hundreds, on a network file system."""
+    files = [tmp_path / name for name in "abc"]
+    for file in files:
+        file.write_bytes(b"content")
+    mapped = MappedFiles(files, [3, 1, 2])
+    files[1].write_bytes(b"cut")
+    for row in (0, 2, 4, 5):
+        mapped.check(row)
+    with pytest.raises(UserError, match=rf"data\.path: {files[1]} was cut off while it was in use"):
+        mapped.check(3)

@@ -139,6 +139,22 @@ class TestMetricsWriter:
             MetricsWriter(tmp_path, 3).close()
             assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
+    @pytest.mark.parametrize("damage", [b"\xff\xfe", b"{}", b"[1]", b'{"step": "2"}', b"no JSON"])
+    def test_a_damaged_line_is_left_out_and_said(self, tmp_path, capsys, damage):
+        write_run(tmp_path, 1, 3)
+        file = tmp_path / "metrics.jsonl"
+        first, _, third = file.read_bytes().splitlines()
+        file.write_bytes(b"\n".join([first, damage, third, b""]))
+        MetricsWriter(tmp_path, 3).close()
+        assert [line["step"] for line in lines(tmp_path)] == [1, 3]
+        assert f"{file}: a damaged line is left out" in capsys.readouterr().out
+
+    def test_numbers_that_are_not_finite_become_null_and_lists_stay_out_of_tensorboard(self, tmp_path):
+        writer = MetricsWriter(tmp_path, 0)
+        writer.scalars(1, {"loss": float("nan"), "grad_norm": float("inf"), "skipped": [{"step": 1}], "lr": 1.0})
+        writer.close()
+        assert lines(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None, "skipped": [{"step": 1}], "lr": 1.0}]
+
     def test_a_new_run_without_a_checkpoint_starts_a_new_file(self, tmp_path):
         write_run(tmp_path, 1, 3)
         write_run(tmp_path, 1, 1)

@@ -36,7 +36,9 @@ def load_image_source(config: DataConfig) -> ImageDataset:
     image_column = _image_column(table, config)
     captions, rows, class_names = _captions(table, config)
     images = _undecoded(table, image_column, config.path)
-    mapped = MappedFiles(Path(entry["filename"]) for entry in images.cache_files)
+    files = [Path(entry["filename"]) for entry in images.cache_files]
+    parts = [row_of_tables[0].num_rows for row_of_tables in getattr(images.data, "blocks", [[images.data]])]
+    mapped = MappedFiles(files, parts if len(parts) == len(files) else None)
 
     def describe(index: int) -> str:
         value = images[index][image_column]
@@ -44,7 +46,7 @@ def load_image_source(config: DataConfig) -> ImageDataset:
         return f"{path} (row {index} of {config.path})" if path else f"row {index} of {config.path}"
 
     def load(index: int) -> Tensor:
-        mapped.check()
+        mapped.check(index)
         return decode_image(images[index][image_column], config.resolution)
 
     return ImageDataset(

@@ -4,11 +4,13 @@ Readers of data sets raise errors of many kinds, few of which name a file. So wh
 until one cannot be. That costs nothing as long as all is well.
 """
 
+import bisect
 import contextlib
+import itertools
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -94,14 +96,17 @@ class MappedFiles:
 
     Args:
         files: they are mapped already.
+        rows: how many rows of the data set each file has, in their order; None where that is not known.
     """
 
-    def __init__(self, files: Iterable[Path]):
+    def __init__(self, files: Iterable[Path], rows: Sequence[int] | None):
         self._found = [(file, os.stat(file)) for file in files]
+        self._ends = None if rows is None else list(itertools.accumulate(rows))
 
-    def check(self) -> None:
-        """Raise UserError when a file has become shorter. One that was removed or replaced stays mapped as it was."""
-        for file, before in self._found:
+    def check(self, row: int) -> None:
+        """Raise UserError when the file of a row has become shorter. One that was removed or replaced stays mapped as it was."""
+        found = self._found if self._ends is None else [self._found[bisect.bisect(self._ends, row)]]
+        for file, before in found:
             try:
                 now = os.stat(file)
             except FileNotFoundError:
