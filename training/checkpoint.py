@@ -29,6 +29,7 @@ from training.checkpoint_manifest import (
     read_manifest,
     step_name,
 )
+from training.durable import sync_folder, write_durably, write_synced
 from training.elastic import load_resharded
 from training.errors import UserError
 from training.zero import layout, master_shards
@@ -114,7 +115,7 @@ class CheckpointStore:
         if _is_first_rank():
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for left in self.folder.glob(f"*{PARTIAL_SUFFIX}"):  # by runs that were killed while they saved
+                for left in self.folder.glob(f"*{PARTIAL_SUFFIX}*"):  # by runs that were killed while they saved
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
                 free = shutil.disk_usage(self.folder).free
                 if free < needed:
@@ -185,18 +186,16 @@ class CheckpointStore:
 
     def _commit(self, partial: Path, final: Path, manifest: dict) -> None:
         """Make a checkpoint of files that are all there, on the first rank."""
-        _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
-        _sync(partial)
+        write_synced(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+        sync_folder(partial)
         shutil.rmtree(final, ignore_errors=True)  # a damaged one
         os.replace(partial, final)
-        _sync(self.folder)
+        sync_folder(self.folder)
 
     def _clean_up(self, committed: Path) -> None:
         """Name the new checkpoint in ``latest`` and remove old ones; an error of that takes nothing from the checkpoint."""
         try:
-            _write_durably(self.folder / (LATEST + PARTIAL_SUFFIX), committed.name)
-            os.replace(self.folder / (LATEST + PARTIAL_SUFFIX), self.folder / LATEST)
-            _sync(self.folder)
+            write_durably(self.folder / LATEST, committed.name.encode())
             self._remove_old(committed)
         except OSError as error:
             print(f"checkpoint {committed.name} is saved, but old ones could not be removed: {error}", flush=True)
@@ -310,19 +309,3 @@ def _agree(value, group=None):
 
 def _is_first_rank() -> bool:
     return dist.get_rank() == 0
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make renames in a folder survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

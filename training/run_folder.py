@@ -5,8 +5,9 @@ from pathlib import Path
 
 from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from model.vlm import build_tiny_image_processor, load_image_processor
-from training.checkpoint_manifest import MANIFEST, PARTIAL_SUFFIX, STEP_FOLDER, list_checkpoints
+from training.checkpoint_manifest import MANIFEST, STEP_FOLDER, list_checkpoints
 from training.config import TrainingConfig
+from training.durable import PARTIAL
 from training.errors import UserError
 from training.preemption import REQUEUE_FILE, STOP_FILE
 from training.saved_config import differences, load_config, save_config
@@ -17,8 +18,8 @@ CHECKPOINTS_FOLDER = "checkpoints"
 MODEL_FOLDER = "model"
 """The model folder without weights (model/pipeline.py)."""
 RESUME_AUTO, RESUME_NEVER = "auto", "never"
-MAY_BE_THERE = (STOP_FILE, REQUEUE_FILE, CONFIG_FILE + PARTIAL_SUFFIX)
-"""What the folder of a run that has not begun may hold."""
+MAY_BE_THERE = (STOP_FILE, REQUEUE_FILE, CONFIG_FILE + PARTIAL)
+"""What the names of files start with that the folder of a run that has not begun may hold."""
 NETWORK_FIELDS = ("model.", "vlm.", "codec.")
 """What a run that starts from another one's checkpoint must have in common with it."""
 
@@ -38,7 +39,9 @@ def check_output_dir(config: TrainingConfig) -> None:
                 f"output_dir: {folder} holds a run with another configuration ({'; '.join(changes)}); "
                 "accepted: the same values, or another output_dir"
             )
-    elif folder.exists() and (not folder.is_dir() or any(path.name not in MAY_BE_THERE for path in folder.iterdir())):
+    elif folder.exists() and (
+        not folder.is_dir() or any(not path.name.startswith(MAY_BE_THERE) for path in folder.iterdir())
+    ):
         raise UserError(
             f"output_dir: {folder} exists and is not a training run; accepted: a new or empty folder, or a run's"
         )

@@ -1,7 +1,6 @@
 """The configuration that a run keeps of itself: written, read again, and compared with the command that resumes it."""
 
 import dataclasses
-import os
 import re
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import yaml
 from training.command_line import parse_config
 from training.config import TrainingConfig
 from training.config_file import plain_values
+from training.durable import write_durably
 from training.errors import UserError
 
 
@@ -29,9 +29,7 @@ def load_config(path: Path) -> TrainingConfig:
 
 def save_config(config: TrainingConfig, path: Path) -> None:
     """Write every field with its value as YAML; the file is replaced as a whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(to_yaml(config))
-    os.replace(partial, path)
+    write_durably(path, to_yaml(config).encode())
 
 
 def to_yaml(config: TrainingConfig) -> str:

@@ -28,7 +28,6 @@ from tests.integration.launching import ROOT, SERVER, environment, free_port, me
 from tests.tiny_models import save_tiny_dc_ae
 from tools.encode_latents import encode_latents
 from training.config import DataConfig
-from training.data import latent_writer
 from training.data.datasets import load_image_dataset
 from training.errors import UserError
 
@@ -140,7 +139,7 @@ def _encode_and_die(kwargs: dict, step: int) -> None:
         return call
 
     for name in real:
-        setattr(latent_writer.os, name, counting(name))
+        setattr(os, name, counting(name))
     encode_latents(**kwargs)
 
 

@@ -107,7 +107,7 @@ def test_output_dirs_that_may_be_used(tmp_path, other):
     check_output_dir(parse_config(["--output_dir", str(other), "--max_steps", "9"]))
     (tmp_path / "asked to stop").mkdir()
     (tmp_path / "asked to stop" / "stop").touch()
-    (tmp_path / "asked to stop" / "config.yaml.partial").touch()  # killed before anything else was written
+    (tmp_path / "asked to stop" / "config.yaml.partial-host-1").touch()  # killed before anything else was written
     check_output_dir(parse_config(["--output_dir", str(tmp_path / "asked to stop")]))
 
 

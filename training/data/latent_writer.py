@@ -8,7 +8,6 @@ Shapes: n rows of a shard, C latent channels, (H, W) latent size.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +24,9 @@ from training.data.latents import (
     shard_name,
     state_fingerprint,
 )
+from training.durable import PARTIAL, write_durably
 from training.errors import UserError
 
-PARTIAL = ".partial-"
 STATISTICS_ROWS = 256
 UNIT_STD = (0.5, 2.0)
 SHARD_KEYS = frozenset({"file", "bytes", "sha256", "rows", "broken", "statistics"})
@@ -179,21 +178,6 @@ class LatentWriter:
         write_durably(self.folder / STATE_FILE, _json(state))
         write_durably(self.folder / MANIFEST_FILE, text)
         return manifest
-
-
-def write_durably(path: Path, content) -> None:
-    """Write a file that is complete on disk before it has its name."""
-    partial = path.with_name(f"{path.name}{PARTIAL}{os.uname().nodename}-{os.getpid()}")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _read_json(file: Path, accepted: str, keys: frozenset[str] = frozenset()) -> dict:

@@ -4,13 +4,13 @@
 """
 
 import json
-import os
 from pathlib import Path
 
 import torch.distributed as dist
 
 from training.data.images import ImageDataset
 from training.data.latents import ENCODE_AGAIN, LatentDataset
+from training.durable import write_durably
 from training.errors import UserError
 
 SAID_BYTES = 2**31
@@ -81,9 +81,7 @@ class DataRecord:
                 f"{step}, {self.dataset.fingerprint} now); the run goes on with the changed data",
                 flush=True,
             )
-        partial = self.file.with_name(self.file.name + ".partial")
-        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, self.file)
+        write_durably(self.file, (json.dumps(record, indent=1) + "\n").encode())
         self.is_new = False
 
 
