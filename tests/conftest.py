@@ -11,10 +11,11 @@ settings.register_profile("reproducible", derandomize=True, deadline=None, datab
 settings.load_profile("reproducible")
 
 
-LONGEST = ("test_digits_quality.py", "slurm", "integration")
+LONGEST = ("test_digits_quality.py", "integration", "slurm")
 """Files or folders that start first, so that no process is left with one of them at the end."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     items.sort(
         key=lambda item: min([i for i, name in enumerate(LONGEST) if name in item.path.parts], default=len(LONGEST))

@@ -10,7 +10,7 @@ from training.preemption import REQUEUE_FILE, STOP_FILE
 
 STEPS = 60
 SMALL = ("--global_batch_size", "32", "--max_steps", str(STEPS), "--logging.every", "1", "--sample.every", "0")
-TIMEOUT = 100
+TIMEOUT = 200
 
 
 def losses(output_dir: Path) -> dict[int, float]:
