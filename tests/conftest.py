@@ -15,15 +15,10 @@ LONGEST = ("test_digits_quality.py", "integration", "slurm")
 """Files or folders that start first, so that no process is left with one of them at the end."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     items.sort(
         key=lambda item: min([i for i, name in enumerate(LONGEST) if name in item.path.parts], default=len(LONGEST))
     )
-    for item in items:
-        # Under pytest-xdist (launch/run_tests.sh): a file shares its fixtures, all SLURM tests one cluster.
-        in_slurm = "slurm" in item.path.parts
-        item.add_marker(pytest.mark.xdist_group("slurm" if in_slurm else item.path.name))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is false")

@@ -1,5 +1,6 @@
-"""A SLURM cluster for all tests of this folder, and jobs on it that use this Python."""
+"""A SLURM cluster for each file of this folder, one at a time, and jobs on it that use this Python."""
 
+import fcntl
 import sys
 from pathlib import Path
 
@@ -9,14 +10,18 @@ from tests.integration.launching import ROOT
 from tests.slurm.cluster import Cluster, missing
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """Two nodes; skips with the reason where SLURM cannot be had."""
-    reason = missing()
-    if reason:
-        pytest.skip(reason)
-    with Cluster(tmp_path_factory.mktemp("slurm")) as running:
-        yield running
+    with (tmp_path_factory.getbasetemp().parent / "slurm.lock").open("w") as lock:
+        fcntl.flock(
+            lock, fcntl.LOCK_EX
+        )  # launch/run_tests.sh runs two files at a time; they would install it at once, too
+        reason = missing()
+        if reason:
+            pytest.skip(reason)
+        with Cluster(tmp_path_factory.mktemp("slurm")) as running:
+            yield running
 
 
 @pytest.fixture
