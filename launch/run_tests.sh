@@ -10,4 +10,4 @@ setup_accelerator
 
 ruff check .
 ruff format --check .
-exec python -m pytest --numprocesses "${LATTE_FLOW_TEST_PROCESSES:-2}" --dist loadfile "$@"
+exec python -m pytest --numprocesses "${LATTE_FLOW_TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"

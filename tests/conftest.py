@@ -11,7 +11,14 @@ settings.register_profile("reproducible", derandomize=True, deadline=None, datab
 settings.load_profile("reproducible")
 
 
+LONGEST = ("test_digits_quality.py", "test_fault_campaign.py", "slurm", "integration")
+"""Files or folders that launch/run_tests.sh starts first, so that no process is left with one of them at the end."""
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(
+        key=lambda item: min([i for i, name in enumerate(LONGEST) if name in item.path.parts], default=len(LONGEST))
+    )
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is false")
