@@ -115,8 +115,7 @@ class CheckpointStore:
         if _is_first_rank():
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for left in self.folder.glob(f"*{PARTIAL_SUFFIX}*"):  # by runs that were killed while they saved
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                self._remove_unfinished()
                 free = shutil.disk_usage(self.folder).free
                 if free < needed:
                     problem = f"it needs {needed / 2**30:.3g} GiB, {self.folder} has {free / 2**30:.3g} GiB free"
@@ -136,7 +135,7 @@ class CheckpointStore:
         """Write what is not written yet, and commit; or take back what there is of a checkpoint with a problem."""
         problem = problem or self._write_and_commit(final, files, manifest)
         if problem is None and _is_first_rank():
-            self._clean_up(final)
+            self.clean_up(final)
         if problem is not None:
             self.failed_saves += 1
             if _is_first_rank():
@@ -192,13 +191,22 @@ class CheckpointStore:
         os.replace(partial, final)
         sync_folder(self.folder)
 
-    def _clean_up(self, committed: Path) -> None:
-        """Name the new checkpoint in ``latest`` and remove old ones; an error of that takes nothing from the checkpoint."""
+    def clean_up(self, newest: Path) -> None:
+        """Name the newest checkpoint in ``latest`` and remove what is not kept; errors of that take nothing from the checkpoint.
+
+        For the first rank, after every save and at the start: a run may be killed right after it has committed.
+        """
         try:
-            write_durably(self.folder / LATEST, committed.name.encode())
-            self._remove_old(committed)
+            self._remove_unfinished()
+            write_durably(self.folder / LATEST, newest.name.encode())
+            self._remove_old(newest)
         except OSError as error:
-            print(f"checkpoint {committed.name} is saved, but old ones could not be removed: {error}", flush=True)
+            print(f"checkpoint {newest.name} is saved, but old ones could not be removed: {error}", flush=True)
+
+    def _remove_unfinished(self) -> None:
+        """Remove what runs that were killed while they saved have left."""
+        for left in self.folder.glob(f"*{PARTIAL_SUFFIX}*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def newest_valid(self) -> Path | None:
         """Return the newest checkpoint whose manifest verifies, the same on all ranks; None when there is none at all.

@@ -406,6 +406,8 @@ class Trainer:
             self.meter.load_state_dict(state["meter"])
             if "health" in state:  # checkpoints of older versions have none
                 self.health.load_state_dict(state["health"])
+            if self.rank == 0:
+                self.checkpoints.clean_up(path)
             return state["step"]
         if self.origin is None:
             return 0

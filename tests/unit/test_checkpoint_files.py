@@ -242,9 +242,23 @@ def test_a_damaged_later_step_does_not_push_out_the_one_that_was_saved(tmp_path)
     (damaged / MODEL).unlink()
     partial = saved.rename(f"{saved}.partial")
     store._commit(partial, saved, json.loads((partial / "manifest.json").read_text()))
-    store._clean_up(saved)
+    store.clean_up(saved)
     assert [path.name for path in list_checkpoints(store.folder)] == [saved.name, damaged.name]
     assert find_checkpoint(tmp_path) == saved
+
+
+def test_what_a_kill_in_the_clean_up_left_over_is_removed(tmp_path):
+    """Killed while step 1 was removed and before ``latest`` named step 3; two are kept."""
+    store = CheckpointStore(tmp_path / "checkpoints", keep_last=2)
+    half_removed, *kept = (write_checkpoint(tmp_path, step) for step in (1, 2, 3))
+    (half_removed / "manifest.json").unlink()
+    (store.folder / "latest").write_text("step_0000002")
+    (store.folder / "latest.partial-host-1").write_text("step_00")
+    (store.folder / "step_0000003.partial").mkdir()
+    store.clean_up(kept[-1])
+    assert sorted(store.folder.iterdir()) == [store.folder / "latest", *kept]
+    assert (store.folder / "latest").read_text() == "step_0000003"
+    assert [problems(path) for path in kept] == [{}, {}]
 
 
 def test_old_ones_that_cannot_be_removed_take_nothing_from_the_new_one(tmp_path, monkeypatch, capsys):
@@ -256,7 +270,7 @@ def test_old_ones_that_cannot_be_removed_take_nothing_from_the_new_one(tmp_path,
         raise OSError(16, "Device or resource busy", str(path))
 
     monkeypatch.setattr("training.checkpoint.shutil.rmtree", busy)
-    store._clean_up(store.folder / step_name(2))
+    store.clean_up(store.folder / step_name(2))
     assert "step_0000002 is saved, but old ones could not be removed: [Errno 16]" in capsys.readouterr().out
     assert (store.folder / "latest").read_text() == step_name(2)
     assert [path.name for path in list_checkpoints(store.folder)] == [step_name(1), step_name(2)]

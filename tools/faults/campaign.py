@@ -248,6 +248,10 @@ class Campaign:
         if start.requeue:
             result.problems.append("the finished run still asks to be requeued")
         result.left_behind = left_behind(run, self.reference)
+        if all(
+            fault.action in VICTIMS for fault in case.faults
+        ):  # a signal's checkpoint, of any step, is kept like others
+            result.problems += [f"left behind: {name}" for name in result.left_behind]
         return result
 
     def _launch(self, script: str, run: Path, log: Path, watch: Watch | None = None, workers: int = 0) -> Launch:
