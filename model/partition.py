@@ -1,0 +1,73 @@
+"""Which parameters tensor-parallel ranks split among them, and how (Megatron-LM, arXiv 1909.08053, section 3).
+
+In the generation layers and the VLM's decoder layers, the projections to heads and to the MLP's hidden units are cut by rows of
+the weight: each rank computes some heads and units. The projections back are cut by columns: the ranks' outputs add up.
+The gate of the residual maps has one row a head and follows its heads. All else is the same on every rank.
+"""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_LAYER = r"(?:(?:layers|vlm\.model\.language_model\.layers|model\.language_model\.layers)\.\d+\.)"
+_BY_ROWS = re.compile(
+    rf"{_LAYER}(?:(?:self_attn\.)?[qkv]_proj\.(?:weight|bias)|mlp\.(?:gate|up)_proj\.weight|residual_gate\.weight)"
+)
+_BY_COLUMNS = re.compile(rf"{_LAYER}(?:(?:self_attn\.)?o_proj\.weight|mlp\.down_proj\.weight)")
+
+
+def partition_dim(name: str) -> int | None:
+    """Return the dimension along which tensor-parallel ranks hold equal, consecutive parts; None when each holds the whole.
+
+    Args:
+        name: of a parameter in the state dict of a LatteFlowModel or of a Qwen2-VL.
+    """
+    if _BY_ROWS.fullmatch(name):
+        return 0
+    return 1 if _BY_COLUMNS.fullmatch(name) else None
+
+
+def take_part(name: str, tensor: Tensor, rank: int, size: int) -> Tensor:
+    """Return a rank's part of a parameter, a view.
+
+    Raises:
+        ValueError: when ``size`` does not divide it.
+    """
+    dim = partition_dim(name)
+    if dim is None:
+        return tensor
+    if tensor.shape[dim] % size:
+        raise ValueError(f"tensor_parallel: {size} does not divide dimension {dim} of {name}, {list(tensor.shape)}")
+    return tensor.chunk(size, dim)[rank]
+
+
+def join_parts(name: str, parts: Sequence[Tensor]) -> Tensor:
+    """Return the whole of a parameter from the parts of ranks 0, 1, ...
+
+    Raises:
+        ValueError: when parts that should be the same are not.
+    """
+    dim = partition_dim(name)
+    if dim is not None:
+        return torch.cat(list(parts), dim)
+    if any(not torch.equal(part, parts[0]) for part in parts[1:]):
+        raise ValueError(f"{name}: differs between tensor-parallel ranks that should all hold the same")
+    return parts[0]
+
+
+def check_tensor_parallel(text_config, size: int) -> None:
+    """Refuse a number of tensor-parallel ranks that cannot share the layers of a language model.
+
+    Raises:
+        ValueError: names what it does not divide, and what is accepted.
+    """
+    numbers = {
+        name: getattr(text_config, name) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    }
+    if size < 1 or any(number % size for number in numbers.values()):
+        limit = min(numbers.values())
+        accepted = [n for n in range(1, limit + 1) if not any(number % n for number in numbers.values())]
+        shapes = ", ".join(f"{name} {number}" for name, number in numbers.items())
+        raise ValueError(f"tensor_parallel: {size} does not divide {shapes}; accepted: {', '.join(map(str, accepted))}")
