@@ -43,6 +43,12 @@ def take_part(name: str, tensor: Tensor, rank: int, size: int) -> Tensor:
     return tensor.chunk(size, dim)[rank]
 
 
+def whole_shape(name: str, part: Sequence[int], size: int) -> torch.Size:
+    """Return the shape of a parameter of which each of ``size`` ranks holds a part of a shape."""
+    dim = partition_dim(name)
+    return torch.Size(n * (size if index == dim else 1) for index, n in enumerate(part))
+
+
 def join_parts(name: str, parts: Sequence[Tensor]) -> Tensor:
     """Return the whole of a parameter from the parts of ranks 0, 1, ...
 

@@ -1,11 +1,13 @@
 """What the shards of a ZeRO checkpoint hold, by the names of the parameters, for every stage and number of ranks.
 
 Stages 1 and 2 lay all parameters of an optimizer group end to end and cut the row into one part a rank; stage 3 cuts every
-parameter into equal parts, the last one padded, and each rank lays its parts end to end. The files are memory-mapped: reading a
-parameter reads its bytes and no others.
+parameter into equal parts, the last one padded, and each rank lays its parts end to end. With tensor parallelism each of the
+ranks that share a network has shards of its own part of it. The files are memory-mapped: reading a parameter reads its bytes and
+no others.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,13 @@ from deepspeed.checkpoint import constants
 from deepspeed.utils import zero_to_fp32
 from torch import Tensor
 
+from model.partition import join_parts, whole_shape
+from training.errors import UserError
+
 OPTIMIZER_SUFFIX = "_optim_states.pt"
 MODEL_SUFFIX = "_model_states.pt"
+TENSOR_RANK = re.compile(r"mp_rank_(\d+)")
+"""The tensor-parallel rank in the name of a file."""
 STEP_KEY = "step"
 STATE_KEYS = {
     1: ("single_partition_of_fp32_groups", "base_optimizer_state"),
@@ -37,7 +44,7 @@ class Piece:
 
 
 class ZeroShards:
-    """The trained state in the files of one checkpoint. Open it inside checkpoint_io.safe_unpickling.
+    """The trained state in the files of one checkpoint, whole. Open it inside checkpoint_io.safe_unpickling.
 
     Args:
         folder: of one step.
@@ -45,18 +52,72 @@ class ZeroShards:
     Attributes:
         stage: of ZeRO, 1 to 3.
         world_size: how many ranks wrote it.
+        tensor_parallel: how many of them shared a network.
         shapes: name -> shape of the trained parameters.
         state_keys: what the optimizer keeps of each parameter: exp_avg, exp_avg_sq, ema; none before the first update.
         updates: optimizer updates done; steps that were skipped are none.
-        model_states: DeepSpeed's file of the first rank: counters, and what the trainer added.
+        model_states: DeepSpeed's file of the first rank: counters, and what the trainer added. Of its weights, that rank's part.
 
     Raises:
         FileNotFoundError: when the folder has no such files.
+        UserError: of the methods, when tensor-parallel ranks disagree about what all of them hold.
     """
 
     def __init__(self, folder: Path):
-        self._model_files = zero_to_fp32.get_model_state_files(str(folder))
-        shards = [_load(file)[constants.OPTIMIZER_STATE_DICT] for file in zero_to_fp32.get_optim_files(str(folder))]
+        self._folder = folder
+        model_files = _by_tensor_rank(zero_to_fp32.get_model_state_files(str(folder)))
+        optimizer_files = _by_tensor_rank(zero_to_fp32.get_optim_files(str(folder)))
+        self.tensor_parallel = len(model_files)
+        self._parts = [_NetworkPart(model_files[rank], optimizer_files[rank]) for rank in sorted(model_files)]
+        first = self._parts[0]
+        self.stage, self.model_states = first.stage, first.model_states
+        self.state_keys, self.updates = first.state_keys, first.updates
+        self.world_size = sum(part.world_size for part in self._parts)
+        self.shapes = {name: whole_shape(name, shape, self.tensor_parallel) for name, shape in first.shapes.items()}
+
+    def read(self, name: str, key: str | None = None) -> Tensor:
+        """Return a trained parameter's float32 master weight, or what the optimizer keeps of it under ``key``."""
+        return self._join(name, [part.read(name, key) for part in self._parts])
+
+    def read_all(self, key: str | None = None) -> dict[str, Tensor]:
+        """Return name -> tensor of the whole model: trained parameters as ``read``, frozen ones, buffers, tied names."""
+        tensors = self.buffers() | self.frozen() | {name: self.read(name, key) for name in self.shapes}
+        tied = {
+            name: tensors[source] for name, source in self.model_states["shared_params"].items() if source in tensors
+        }
+        return tensors | tied
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the model's buffers; those of floating point as float32."""
+        return self._join_all([part.buffers() for part in self._parts])
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Return the parameters that are not trained."""
+        return self._join_all([part.frozen() for part in self._parts])
+
+    def _join_all(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: self._join(name, [part[name] for part in parts]) for name in parts[0]}
+
+    def _join(self, name: str, parts: list[Tensor]) -> Tensor:
+        if len(parts) == 1:
+            return parts[0]
+        try:
+            return join_parts(name, parts)
+        except ValueError as error:
+            raise UserError(f"{self._folder}: {error}") from error
+
+
+class _NetworkPart:
+    """What ``ZeroShards`` says of itself, for the part of the network that one tensor-parallel rank holds.
+
+    Args:
+        model_files: with the part's weights; under stage 3 one a data-parallel rank.
+        optimizer_files: its shards, one a data-parallel rank.
+    """
+
+    def __init__(self, model_files: list[str], optimizer_files: list[str]):
+        self._model_files = model_files
+        shards = [_load(file)[constants.OPTIMIZER_STATE_DICT] for file in optimizer_files]
         self.model_states = _load(self._model_files[0])
         self.world_size = len(shards)
         self.stage = int(shards[0][constants.ZERO_STAGE])
@@ -73,27 +134,16 @@ class ZeroShards:
         self._pieces = dict(self._locate_by_rank() if self.stage == 3 else self._locate_by_group())
 
     def read(self, name: str, key: str | None = None) -> Tensor:
-        """Return a trained parameter's float32 master weight, or what the optimizer keeps of it under ``key``."""
         sources = self._masters if key is None else [_flat_states(states, key) for states in self._states]
         parts = [sources[p.rank][p.flat].flatten()[p.start : p.start + p.length] for p in self._pieces[name]]
         shape = self.shapes[name]
         return torch.cat(parts)[: shape.numel()].view(shape)
 
-    def read_all(self, key: str | None = None) -> dict[str, Tensor]:
-        """Return name -> tensor of the whole model: trained parameters as ``read``, frozen ones, buffers, tied names."""
-        tensors = self.buffers() | self.frozen() | {name: self.read(name, key) for name in self.shapes}
-        tied = {
-            name: tensors[source] for name, source in self.model_states["shared_params"].items() if source in tensors
-        }
-        return tensors | tied
-
     def buffers(self) -> dict[str, Tensor]:
-        """Return the model's buffers; those of floating point as float32."""
         module, names = self.model_states["module"], self.model_states[constants.BUFFER_NAMES]
         return {n: t.float() if t.is_floating_point() else t for n, t in module.items() if n in names}
 
     def frozen(self) -> dict[str, Tensor]:
-        """Return the parameters that are not trained."""
         if self.stage < 3:
             # DeepSpeed's list of frozen parameters is left out by stage 1; the module's weights are whole in stages 1 and 2.
             others = {*self.shapes, *self.model_states[constants.BUFFER_NAMES], *self.model_states["shared_params"]}
@@ -144,6 +194,13 @@ class ZeroShards:
                 ],
             )
             offset = end
+
+
+def _by_tensor_rank(files: list[str]) -> dict[int, list[str]]:
+    result: dict[int, list[str]] = {}
+    for file in files:
+        result.setdefault(int(TENSOR_RANK.search(Path(file).name)[1]), []).append(file)
+    return result
 
 
 def _load(file: str) -> dict:
