@@ -49,9 +49,11 @@ class ZeroShards:
         state_keys: what the optimizer keeps of each parameter: exp_avg, exp_avg_sq, ema; none before the first update.
         updates: optimizer updates done; steps that were skipped are none.
         model_states: DeepSpeed's file of the first rank: counters, and what the trainer added.
+        param_groups: the optimizer's settings of each of its groups.
 
     Raises:
         FileNotFoundError: when the folder has no such files.
+        ValueError: when shards are missing, or of different steps.
     """
 
     def __init__(self, folder: Path):
@@ -67,10 +69,21 @@ class ZeroShards:
         first = next(iter(self._states[0].values()), {})
         self.state_keys = tuple(key for key in first if key != STEP_KEY)
         self.updates = int(first.get(STEP_KEY, 0))
+        self.param_groups: list[dict] = shards[0][optimizer]["param_groups"]
+        self._check_complete(folder)
         self.shapes: dict[str, torch.Size] = {
             name: torch.Size(shape) for group in self._param_shapes for name, shape in group.items()
         }
         self._pieces = dict(self._locate_by_rank() if self.stage == 3 else self._locate_by_group())
+
+    def _check_complete(self, folder: Path) -> None:
+        """Refuse a part of a checkpoint, and one put together of several."""
+        written_by = self.model_states["dp_world_size"]
+        if written_by != self.world_size:
+            raise ValueError(f"{folder}: holds the shards of {self.world_size} ranks, but {written_by} have written it")
+        updates = {int(state[STEP_KEY]) for states in self._states for state in states.values() if STEP_KEY in state}
+        if len(updates) > 1:
+            raise ValueError(f"{folder}: its shards are of different updates: {sorted(updates)}")
 
     def read(self, name: str, key: str | None = None) -> Tensor:
         """Return a trained parameter's float32 master weight, or what the optimizer keeps of it under ``key``."""
