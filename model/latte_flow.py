@@ -9,6 +9,7 @@ Shapes: B batch, C latent channels, (H, W) latent size, N image tokens, S contex
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -22,6 +23,8 @@ from model.configuration import LatteFlowConfig
 from model.context import Context, as_key_values, encode_context, select_prompts
 from model.generation_layer import GenerationLayer, set_initial_std
 from model.position import rotary_2d
+from model.weights.matching import MatchedSource
+from model.weights.recognise import is_known_to_transformers, open_weights
 
 
 class ImageIO(nn.Module):
@@ -126,6 +129,29 @@ class LatteFlowModel(PreTrainedModel):
         for layer, vlm_layer in zip(model.layers, vlm.model.language_model.layers, strict=True):
             layer.copy_from(vlm_layer)
         return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs) -> "LatteFlowModel":
+        """Load a model as transformers does, and from a folder whose weights are in any other format of model/weights.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a hub id.
+            args, config, kwargs: transformers' own.
+
+        Raises:
+            ValueError: when weights of a format that transformers does not know are not exactly those of the network that
+                config.json describes.
+        """
+        folder = pretrained_model_name_or_path and Path(pretrained_model_name_or_path)
+        if not folder or not folder.is_dir() or is_known_to_transformers(folder):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        source = open_weights(folder)
+        if config is None:
+            config = LatteFlowConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            source = MatchedSource(source, cls(config), source.default_kind)
+        weights = {name: source.read(name) for name in source.tensors}
+        return super().from_pretrained(None, *args, config=config, state_dict=weights, **kwargs)
 
     def forward(
         self,

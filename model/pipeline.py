@@ -2,7 +2,7 @@
 
 A model folder:
 
-    config.json, model.safetensors   the LatteFlowModel
+    config.json, model.safetensors   the LatteFlowModel; its weights may be in any format of model/weights
     pipeline.json                    prompt template, class names, codec, and where the VLM is
     tokenizer/                       the VLM's tokenizer and image processor
     vlm/                             the VLM, when it has no path of its own (the tiny one)
@@ -18,9 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from model.autoencoder import LatentCodec, load_codec
@@ -30,11 +33,13 @@ from model.images import to_uint8
 from model.latte_flow import LatteFlowModel
 from model.sampling import image_seeds, initial_noise, sample_latents
 from model.vlm import checkpoint_folder, fingerprint, load_image_processor, load_vlm
+from model.weights.matching import load_weights
+from model.weights.recognise import open_weights
 
 PIPELINE_FILE = "pipeline.json"
-WEIGHTS_FILE = "model.safetensors"
 VLM_FOLDER = "vlm"
 TOKENIZER_FOLDER = "tokenizer"
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 @dataclass
@@ -85,6 +90,7 @@ class LatteFlowPipeline:
         self.codec = codec
         self.config = config
         self.image_processor = image_processor
+        self._progress_bar_config: dict = {}
 
     @classmethod
     def from_pretrained(
@@ -94,21 +100,22 @@ class LatteFlowPipeline:
 
         Args:
             folder: what ``save_pretrained`` wrote.
-            weights: the network's state dict; None reads it from the folder's model.safetensors.
+            weights: the network's state dict; None reads it from the folder, in whatever format it is: the averaged weights
+                where there are several.
             dtype: the type of all networks; None for float32.
 
         Raises:
-            FileNotFoundError: when the folder is not a model folder, or holds no weights and none are given.
-            ValueError: when the VLM at the path noted in the folder is not the one the model was trained with.
+            FileNotFoundError: when the folder is not a model folder.
+            ValueError: when it holds no weights and none are given, or weights of another model; when the VLM at the path noted
+                in the folder is not the one the model was trained with.
         """
         folder = Path(folder)
         if not (folder / PIPELINE_FILE).is_file():
             raise FileNotFoundError(f"{folder / PIPELINE_FILE} not found; accepted: an exported model folder")
         config = PipelineConfig(**json.loads((folder / PIPELINE_FILE).read_text()))
         if weights is None:
-            if not (folder / WEIGHTS_FILE).is_file():
-                raise FileNotFoundError(f"{folder / WEIGHTS_FILE} not found; accepted: an exported model folder")
-            weights = load_file(folder / WEIGHTS_FILE)
+            source = open_weights(folder)
+            weights = {name: source.read(name, source.default_kind) for name in source.tensors}
         # How attention is computed is this machine's matter, not that of the one that trained.
         settings = LatteFlowConfig.get_config_dict(folder)[0] | {"attention_backend": "auto"}
         model = LatteFlowModel(LatteFlowConfig.from_dict(settings))
@@ -144,11 +151,29 @@ class LatteFlowPipeline:
         self.save_components(folder)
         self.model.save_pretrained(folder)
 
-    def to(self, device: torch.device | str) -> "LatteFlowPipeline":
-        """Move all networks to a device."""
+    def to(self, *args, **kwargs) -> "LatteFlowPipeline":
+        """Move or cast all networks as ``torch.nn.Module.to`` does, and return the pipeline."""
         for module in (self.model, self.vlm, self.codec):
-            module.to(device)
+            module.to(*args, **kwargs)
         return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the network's weights."""
+        return self.model.dtype
+
+    def set_progress_bar_config(self, **kwargs) -> None:
+        """Set what ``tqdm`` is called with by the calls that follow, as of diffusers' pipelines: ``disable=True`` for none."""
+        self._progress_bar_config = kwargs
+
+    def progress_bar(self, steps: Iterable) -> Iterable:
+        """Wrap the steps of a sampling loop."""
+        return tqdm(steps, **{"unit": "step", **self._progress_bar_config})
 
     @torch.inference_mode()
     def encode_prompts(self, messages: Sequence[str]) -> Context:
@@ -173,6 +198,68 @@ class LatteFlowPipeline:
             result.append(self.config.prompt_template.format(prompt))
         return truncate_prompts(self.tokenizer, result, self.config.max_prompt_tokens)
 
+    def __call__(
+        self,
+        prompt: str | int | Sequence[str | int],
+        *,
+        num_inference_steps: int = 40,
+        guidance_scale: float = 5.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        seed: int | None = None,
+        latents: Tensor | None = None,
+        solver: str = "euler",
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Generate images, with the arguments and the output of diffusers' pipelines.
+
+        Args:
+            prompt: a caption or a class index, or several.
+            num_inference_steps: steps of the sampler.
+            guidance_scale: classifier-free guidance; 1 is none.
+            num_images_per_prompt: images of a prompt follow each other.
+            generator: draws the noise; one, or one an image. None: see ``seed``.
+            seed: image i depends on (seed, i) alone, as with ``generate`` and tools/sample.py; None draws one.
+            latents: the noise itself, [B, C, H, W].
+            solver: ``euler`` or ``heun``.
+            output_type: ``pil``; ``np``, [B, R, R, c] in [0, 1]; ``pt``, [B, c, R, R] in [0, 1]; ``latent``, [B, C, H, W].
+            return_dict: whether to return an object with ``images``, or a tuple.
+
+        Raises:
+            ValueError: when an argument is not accepted; the message names it.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type: {output_type!r} is unknown; accepted: {', '.join(OUTPUT_TYPES)}")
+        given = [name for name, v in (("generator", generator), ("seed", seed), ("latents", latents)) if v is not None]
+        if len(given) > 1:
+            raise ValueError(f"{', '.join(given)}: got {len(given)} of them; accepted: one")
+        prompts = [prompt] if isinstance(prompt, str | int) else list(prompt)
+        if not prompts or num_images_per_prompt < 1:
+            raise ValueError("prompt, num_images_per_prompt: nothing to draw; accepted: one or more")
+        prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
+        shape = (len(prompts), *self._noise_shape)
+        if generator is not None:
+            latents = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
+        elif latents is None:
+            seed = int(torch.randint(2**32, ())) if seed is None else seed
+            latents = initial_noise(image_seeds(seed, 0, len(prompts)), self._noise_shape)
+        elif latents.shape != shape:
+            raise ValueError(f"latents: got {list(latents.shape)}; accepted: {list(shape)}")
+        latents = self._sample(
+            prompts,
+            latents,
+            num_steps=num_inference_steps,
+            cfg_scale=guidance_scale,
+            solver=solver,
+            progress=self.progress_bar,
+        )
+        if output_type == "latent":
+            images = latents
+        else:
+            images = VaeImageProcessor().postprocess(self.codec.decode(latents).float(), output_type=output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
     def generate(
         self,
         prompts: Sequence[str | int],
@@ -184,7 +271,7 @@ class LatteFlowPipeline:
         solver: str = "euler",
         progress: Callable[[Iterable], Iterable] = iter,
     ) -> np.ndarray:
-        """Generate one image a prompt.
+        """Generate one image a prompt, as bytes: for tools that draw many, batch after batch.
 
         Args:
             prompts: captions, or class indices.
@@ -198,23 +285,22 @@ class LatteFlowPipeline:
         Returns:
             Images as bytes, [B, R, R] (grey) or [B, R, R, 3].
         """
-        noise_shape = (self.model.config.latent_channels, *self.model.config.latent_size)
+        noise = initial_noise(image_seeds(seed, first_image, len(prompts)), self._noise_shape)
+        options = {"num_steps": num_steps, "cfg_scale": cfg_scale, "solver": solver, "progress": progress}
+        return to_uint8(self.codec.decode(self._sample(prompts, noise, **options)))
+
+    @property
+    def _noise_shape(self) -> tuple[int, ...]:
+        return self.model.config.latent_channels, *self.model.config.latent_size
+
+    def _sample(self, prompts: Sequence[str | int], noise: Tensor, **options) -> Tensor:
+        """Return the latents that noise [B, C, H, W] becomes, one a prompt; distinct prompts are encoded once."""
         messages = self.messages(prompts)
         distinct = list(dict.fromkeys([*messages, self.config.null_prompt]))
         context = self.encode_prompts(distinct)
-        rows = torch.tensor([distinct.index(message) for message in messages], device=self.model.device)
-        null_row = torch.tensor([distinct.index(self.config.null_prompt)], device=self.model.device)
-        latents = sample_latents(
-            self.model,
-            initial_noise(image_seeds(seed, first_image, len(messages)), noise_shape),
-            context.gather(rows),
-            context.gather(null_row),
-            num_steps=num_steps,
-            cfg_scale=cfg_scale,
-            solver=solver,
-            progress=progress,
-        )
-        return to_uint8(self.codec.decode(latents))
+        rows = torch.tensor([distinct.index(message) for message in messages], device=self.device)
+        null_row = torch.tensor([distinct.index(self.config.null_prompt)], device=self.device)
+        return sample_latents(self.model, noise, context.gather(rows), context.gather(null_row), **options)
 
     @torch.inference_mode()
     def ask(self, image: Image.Image | None, question: str, *, max_new_tokens: int = 128) -> str:
@@ -250,29 +336,3 @@ class LatteFlowPipeline:
         inputs = {name: tensor.to(self.vlm.device) for name, tensor in inputs.items()}
         output = self.vlm.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def load_weights(model: LatteFlowModel, weights: dict[str, Tensor]) -> None:
-    """Load a state dict into a model; every parameter exactly once.
-
-    Raises:
-        ValueError: when a weight is missing, unknown or of another shape; the message names the first few.
-    """
-    # A tied weight is saved under one of its names; the others take it along.
-    own = model.state_dict(keep_vars=True)
-    names_of: dict[int, list[str]] = {}
-    for name, tensor in own.items():
-        names_of.setdefault(id(tensor), []).append(name)
-    missing = [names[0] for names in names_of.values() if not any(name in weights for name in names)]
-    unknown = [name for name in weights if name not in own]
-    wrong = [name for name in weights if name in own and weights[name].shape != own[name].shape]
-    for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong)):
-        if names:
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise ValueError(
-                f"weights: {len(names)} {what}: {shown}; they are not of the model that config.json describes"
-            )
-    with torch.no_grad():
-        for names in names_of.values():
-            source = next(name for name in names if name in weights)
-            own[source].copy_(weights[source])

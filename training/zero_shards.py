@@ -18,7 +18,6 @@ from deepspeed.utils import zero_to_fp32
 from torch import Tensor
 
 from model.partition import join_parts, whole_shape
-from training.errors import UserError
 
 OPTIMIZER_SUFFIX = "_optim_states.pt"
 MODEL_SUFFIX = "_model_states.pt"
@@ -57,10 +56,12 @@ class ZeroShards:
         state_keys: what the optimizer keeps of each parameter: exp_avg, exp_avg_sq, ema; none before the first update.
         updates: optimizer updates done; steps that were skipped are none.
         model_states: DeepSpeed's file of the first rank: counters, and what the trainer added. Of its weights, that rank's part.
+        param_groups: the optimizer's settings of each of its groups.
 
     Raises:
         FileNotFoundError: when the folder has no such files.
-        UserError: of the methods, when tensor-parallel ranks disagree about what all of them hold.
+        ValueError: when shards are missing, or of different steps; of the methods, when tensor-parallel ranks disagree about what
+            all of them hold.
     """
 
     def __init__(self, folder: Path):
@@ -68,16 +69,36 @@ class ZeroShards:
         model_files = _by_tensor_rank(zero_to_fp32.get_model_state_files(str(folder)))
         optimizer_files = _by_tensor_rank(zero_to_fp32.get_optim_files(str(folder)))
         self.tensor_parallel = len(model_files)
-        self._parts = [_NetworkPart(model_files[rank], optimizer_files[rank]) for rank in sorted(model_files)]
+        if not set(model_files) == set(optimizer_files) == set(range(self.tensor_parallel)):
+            raise ValueError(
+                f"{folder}: holds weights of tensor-parallel ranks {sorted(model_files)} and shards of {sorted(optimizer_files)}"
+            )
+        self._parts = [_NetworkPart(model_files[rank], optimizer_files[rank]) for rank in range(self.tensor_parallel)]
         first = self._parts[0]
-        self.stage, self.model_states = first.stage, first.model_states
+        self.stage, self.model_states, self.param_groups = first.stage, first.model_states, first.param_groups
         self.state_keys, self.updates = first.state_keys, first.updates
         self.world_size = sum(part.world_size for part in self._parts)
         self.shapes = {name: whole_shape(name, shape, self.tensor_parallel) for name, shape in first.shapes.items()}
+        self._check_complete()
+
+    def _check_complete(self) -> None:
+        """Refuse a part of a checkpoint, and one put together of several."""
+        written_by = self.model_states["dp_world_size"] * self.model_states["mp_world_size"]
+        if written_by != self.world_size:
+            raise ValueError(
+                f"{self._folder}: holds the shards of {self.world_size} ranks, but {written_by} have written it"
+            )
+        updates = {number for part in self._parts for number in part.all_updates}
+        if len(updates) > 1:
+            raise ValueError(f"{self._folder}: its shards are of different updates: {sorted(updates)}")
 
     def read(self, name: str, key: str | None = None) -> Tensor:
         """Return a trained parameter's float32 master weight, or what the optimizer keeps of it under ``key``."""
-        return self._join(name, [part.read(name, key) for part in self._parts])
+        return self._join(name, self.read_parts(name, key))
+
+    def read_parts(self, name: str, key: str | None = None) -> list[Tensor]:
+        """Return what each tensor-parallel rank holds of what ``read`` returns: its part, or the whole."""
+        return [part.read(name, key) for part in self._parts]
 
     def read_all(self, key: str | None = None) -> dict[str, Tensor]:
         """Return name -> tensor of the whole model: trained parameters as ``read``, frozen ones, buffers, tied names."""
@@ -99,12 +120,10 @@ class ZeroShards:
         return {name: self._join(name, [part[name] for part in parts]) for name in parts[0]}
 
     def _join(self, name: str, parts: list[Tensor]) -> Tensor:
-        if len(parts) == 1:
-            return parts[0]
         try:
-            return join_parts(name, parts)
+            return parts[0] if len(parts) == 1 else join_parts(name, parts)
         except ValueError as error:
-            raise UserError(f"{self._folder}: {error}") from error
+            raise ValueError(f"{self._folder}: {error}") from error
 
 
 class _NetworkPart:
@@ -125,9 +144,13 @@ class _NetworkPart:
         self._masters: list[list[Tensor]] = [list(shard[masters]) for shard in shards]
         self._states: list[dict[int, dict[str, Tensor]]] = [shard[optimizer]["state"] for shard in shards]
         self._paddings = shards[0].get(constants.PARAM_ALIGNMENT_PADDINGS)
+        self.all_updates = {
+            int(state[STEP_KEY]) for states in self._states for state in states.values() if STEP_KEY in state
+        }
         first = next(iter(self._states[0].values()), {})
         self.state_keys = tuple(key for key in first if key != STEP_KEY)
         self.updates = int(first.get(STEP_KEY, 0))
+        self.param_groups: list[dict] = shards[0][optimizer]["param_groups"]
         self.shapes: dict[str, torch.Size] = {
             name: torch.Size(shape) for group in self._param_shapes for name, shape in group.items()
         }

@@ -1,0 +1,152 @@
+"""What a reader of any format offers: which tensors there are, and one of them at a time.
+
+An exported folder has, beside its weights, export.json: which format, which weights, of which step, and each file's size and
+SHA-256. Files that other programs wrote have none, and are read all the same.
+"""
+
+import json
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MODEL, EMA = "model", "ema"
+"""Kinds of tensors: the trained weights, and their moving average. Optimizer states go by their names in AdamW."""
+EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
+EXPORT_FILE = "export.json"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and type of a tensor that has not been read."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the contents."""
+        return self.shape.numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a run needs beside weights and optimizer states to go on from a checkpoint.
+
+    Attributes:
+        shapes: name -> shape of the trained parameters.
+        state_keys: kinds of tensors that the optimizer keeps of each: exp_avg, exp_avg_sq, ema.
+        updates: optimizer updates done.
+        model_states: DeepSpeed's counters, and what the trainer added; no tensors of the model.
+        optimizer: the optimizer's state without the tensors of parameters: param_groups among others.
+    """
+
+    shapes: Mapping[str, torch.Size]
+    state_keys: tuple[str, ...]
+    updates: int
+    model_states: dict
+    optimizer: dict
+
+
+class WeightSource(ABC):
+    """Named tensors in the files of one format.
+
+    Attributes:
+        format: as ``--to`` of tools/convert_checkpoint.py calls it.
+        path: what was opened.
+        kinds: which kinds of tensors there are; the first is the one that ``read`` returns unless asked.
+        step: optimizer steps that the weights were trained for; None when nothing says.
+        world_size: how many ranks' files were put together; 1 for formats that know no ranks.
+    """
+
+    format: str
+    path: Path
+    kinds: tuple[str, ...] = (MODEL,)
+    step: int | None = None
+    world_size: int = 1
+    training_state: TrainingState | None = None
+    """Only of formats that training can go on from."""
+
+    @property
+    def default_kind(self) -> str:
+        """The weights to draw images with: the average where there is one."""
+        return EMA if EMA in self.kinds else self.kinds[0]
+
+    @property
+    @abstractmethod
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Name -> shape and type of all weights, buffers included; tied ones under one name or all."""
+
+    @abstractmethod
+    def read(self, name: str, kind: str | None = None) -> Tensor:
+        """Return a tensor, on the CPU. Untrained ones are the same for all kinds.
+
+        Raises:
+            ValueError: when the file is damaged.
+        """
+
+
+def read_export_record(folder: Path) -> dict | None:
+    """Return what export.json says; None when there is none.
+
+    Raises:
+        ValueError: when it is damaged.
+    """
+    path = folder / EXPORT_FILE
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in record["files"].items()}
+        fits = (isinstance(record["format"], str) and record["weights"] is None) or isinstance(record["weights"], str)
+        if not fits or not isinstance(record["step"], int | None) or not all(files):
+            raise ValueError("it is not what an export writes")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+    return record
+
+
+def check_export_sizes(folder: Path, record: dict) -> None:
+    """Raise ValueError when a file of an exported folder is missing or has another size than export.json says."""
+    for name, entry in record["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{file}: is missing, but {EXPORT_FILE} names it")
+        if file.stat().st_size != entry["bytes"]:
+            raise ValueError(f"{file}: has {file.stat().st_size} bytes instead of {entry['bytes']}")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever a library says of a damaged or hostile file into a ValueError that names the file."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        line = next((li.strip() for li in str(error).splitlines() if "Unsupported" in li or "GLOBAL" in li), error)
+        raise ValueError(f"{path}: holds something that is no weight, and was not executed ({line})") from error
+    except (OSError, RuntimeError, EOFError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise ValueError(f"{error.filename or path}: not found") from error
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: damaged or of another kind ({type(error).__name__}: {error})") from error
+
+
+def load_torch_file(path: Path):
+    """Read a file of torch.save, memory-mapped, without executing anything in it.
+
+    Raises:
+        ValueError: when it is damaged or names anything but tensors and plain containers.
+    """
+    with reading(path):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):  # files older than torch 1.6 cannot be mapped
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,0 +1,57 @@
+"""The ZeRO shards of a DeepSpeed checkpoint, offered as the readers of exported formats offer theirs (model/weights)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.weights.source import EMA, MODEL, TensorInfo, TrainingState, WeightSource, reading
+from training.checkpoint_io import safe_unpickling
+from training.ema import EMA_KEY
+from training.zero_shards import OPTIMIZER_SUFFIX, ZeroShards
+
+SHARDS = f"*{OPTIMIZER_SUFFIX}"
+NOT_OURS = ("module", "optimizer", "param_shapes")
+
+
+class ZeroSource(WeightSource):
+    """Reads the shards of one step.
+
+    Args:
+        path: a folder of DeepSpeed's files; ours have a manifest beside them, which is not looked at here.
+
+    Raises:
+        UserError: when shards are missing, damaged or of different steps.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with safe_unpickling(path), reading(path):
+            self._shards = shards = ZeroShards(path)
+            self._untrained = shards.frozen() | shards.buffers()
+        states = shards.model_states
+        self.format = f"deepspeed-zero-{shards.stage}"
+        self.world_size = shards.world_size
+        self.step = next((states[k] for k in ("step", "global_steps") if isinstance(states.get(k), int)), None)
+        self.kinds = (MODEL, *sorted(shards.state_keys, key=lambda key: key != EMA_KEY))
+        self.training_state = TrainingState(
+            shapes=shards.shapes,
+            state_keys=shards.state_keys,
+            updates=shards.updates,
+            model_states={key: value for key, value in states.items() if key not in NOT_OURS},
+            optimizer={"param_groups": shards.param_groups, "ds_version": states["ds_version"]},
+        )
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        infos = {name: TensorInfo(shape, torch.float32) for name, shape in self._shards.shapes.items()}
+        return infos | {name: TensorInfo(t.shape, t.dtype) for name, t in self._untrained.items()}
+
+    def read(self, name: str, kind: str | None = None) -> Tensor:
+        if name in self._untrained:
+            return self._untrained[name].clone()
+        return self._shards.read(name, None if kind in (None, MODEL) else kind)
+
+
+assert EMA == EMA_KEY  # exported weights are called as the optimizer calls its state
