@@ -1,5 +1,7 @@
 """Tensor parallelism trains what one rank trains: the same gradients, losses and weights to rounding, over megatron-core."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,13 @@ from model.configuration import LatteFlowConfig
 from model.latte_flow import LatteFlowModel
 from model.partition import partition_dim, take_part
 from tests.integration import tensor_parallel_ranks
-from tests.integration.launching import SERVER, column
+from tests.integration.launching import SERVER, column, metrics
 from tests.integration.test_training import assert_losses_and_norms_agree, assert_weights_equal
 from training.checkpoint_io import safe_unpickling
+from training.config import Assumptions
+from training.dry_run import dry_run, format_table
+from training.errors import UserError
+from training.saved_config import load_config
 from training.trained_weights import read_weights
 from training.zero_shards import ZeroShards
 
@@ -193,6 +199,48 @@ def test_samples_are_drawn_without_tensor_parallelism(command, two_by_two):
     assert weights.keys() == names
     drawn = command.sample(two_by_two.output_dir, "--num_images", "4")
     assert len(list(drawn.output_dir.glob("0*.png"))) == 4
+
+
+# What else a run does
+
+
+@pytest.mark.parametrize("projection", ["generation", "vlm"])
+def test_the_context_is_the_same_however_much_of_it_is_kept(command, projection):
+    """Each rank keeps its own heads' keys and values, so of ``vlm`` twice as many prompts fit."""
+    fields = {"ranks": 2, "tensor_parallel": 2, "micro_batch_size": 4, "sample__num_images": 4, "global_batch_size": 8}
+    fields |= {"model__context_projection": projection}
+    kept = command.train(**fields)
+    assert f"of {0.0156 if projection == 'generation' else 0.00781} MiB each" in kept.finished.output
+    for limits in ({"vlm__context_cache": "none"}, {"vlm__context_cache": "lru", "vlm__context_cache_gib": 1.5e-4}):
+        run = command.train(**fields, **limits)
+        assert column(run.output_dir, "loss") == column(kept.output_dir, "loss")
+        assert_weights_equal(run, kept, 8)
+
+
+def test_a_step_that_is_not_finite_is_skipped_on_all_ranks_and_its_samples_are_named_once(command):
+    run = command.train(
+        **(FOUR_RANKS | {"zero": "zero2", "checkpoint__asynchronous": "true"}),
+        precision="bf16", hooks=("poison",), variables={"POISON": "70 71 230 230"},
+    )  # fmt: skip
+    entries = metrics(run.output_dir)
+    assert column(run.output_dir, "skipped_steps") == [0, 0, 1, 1, 1, 1, 1, 2]
+    assert entries[2]["skipped"] == [{"step": 3, "samples": [64, 95], "nonfinite_loss": [70, 71]}]
+    assert all(torch.isfinite(tensor).all() for tensor in read_weights(run.checkpoint(8), "model").values())
+
+
+@pytest.mark.parametrize("fields", [{}, {"model__context_projection": "vlm"}])
+def test_a_rank_holds_the_bytes_that_the_dry_run_counts(command, fields):
+    run = command.train(
+        **FOUR_RANKS, precision="bf16", max_steps=2, sample__every=0, hooks=("measure_memory",), **fields
+    )
+    config = load_config(run.output_dir / "config.yaml")
+    result = dry_run(config, Assumptions(gpus=4))
+    for rank in range(4):
+        held = json.loads((run.hook_dir / f"memory_{rank}.json").read_text())
+        assert held == pytest.approx({name: result.memory[name] for name in held}, rel=2e-3)
+    assert "4 GPUs, tensor_parallel 2" in format_table(config, result, Assumptions(gpus=4))
+    with pytest.raises(UserError, match="tensor_parallel: 2 does not divide the 3 ranks; accepted: 1, 3"):
+        dry_run(config, Assumptions(gpus=3))
 
 
 # What is refused
