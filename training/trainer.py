@@ -49,6 +49,7 @@ from training.sample_grid import SampleGrid, samples_per_rank
 from training.saved_config import differences, load_config, save_config, to_yaml
 from training.stragglers import RankTimer
 from training.watchdog import PHASES, Watchdog
+from training.zero import mark_universal
 
 ABANDON_SECONDS = 600.0
 """How long a run that ends by an error waits for a checkpoint that is being written."""
@@ -93,6 +94,7 @@ class Trainer:
         model = LatteFlowModel.from_vlm(vlm, model_config)
         self.ranks.split_model(model)
         model.freeze_unreached_parameters()
+        mark_universal(model)
         groups = parameter_groups(model, config.optimizer.weight_decay)
         self.group_labels = [group["name"] for group in groups]
         optimizer = AdamWWithEMA(

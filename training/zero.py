@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint import constants
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import (
     safe_set_full_fp32_param,
@@ -121,3 +122,9 @@ def layout(engine) -> str:
         cut = [zero.partition_size, zero.round_robin_bit16_padding]
     content = json.dumps([dist.get_world_size(), engine.zero_optimization_stage() == 3, order, cut])
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def mark_universal(model: torch.nn.Module) -> None:
+    """Have DeepSpeed note in checkpoints that its ds_to_universal may convert them: it asks for that with stages 1 and 2."""
+    info = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+    setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, info)

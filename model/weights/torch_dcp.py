@@ -89,7 +89,11 @@ class DistributedCheckpointSource(WeightSource):
         for file in sorted(files):
             if not (path / file).is_file():
                 raise ValueError(f"{path / file}: is missing, but {METADATA_FILE} names it")
-        if (path / MEGATRON_FILE).is_file():
+        parts = {name: (path / name).is_file() for name in (MEGATRON_FILE, COMMON_FILE)}
+        if any(parts.values()):
+            for name, there in parts.items():
+                if not there:
+                    raise ValueError(f"{path / name}: is missing; Megatron's dist_checkpointing has both, a DCP none")
             self.format = "megatron-dist"
             self._read_common()
 

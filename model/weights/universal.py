@@ -51,15 +51,15 @@ class UniversalSource(WeightSource):
         files = sorted(path.glob("*model_states.pt"))
         if not files:
             raise ValueError(f"{path}: holds {ZERO_FOLDER}/ but no {MODEL_FILE}")
-        modules = []
+        self._modules, fragments, alias = [], [], set()
         for file in files:
             states = load_torch_file(file)
             with reading(file):
-                modules.append(states.pop(MODULE))
+                self._modules.append(states.pop(MODULE))
+                fragments.append(states.pop("frozen_param_fragments", None) or {})
                 shapes = {name: torch.Size(shape) for group in states["param_shapes"] for name, shape in group.items()}
-                self._alias = dict(states.get("shared_params") or {})
-                frozen = dict(states.get("frozen_param_shapes") or {})
-        self._modules = [m for m in modules if m]
+                frozen = {name: torch.Size(shape) for name, shape in (states.get("frozen_param_shapes") or {}).items()}
+                alias |= set(states.get("shared_params") or {})
         folders = {p.name: p for p in (path / ZERO_FOLDER).iterdir() if p.is_dir()}
         missing = [name for name in shapes if not (path / ZERO_FOLDER / name / f"{WEIGHT_KEY}.pt").is_file()]
         if missing:
@@ -73,12 +73,8 @@ class UniversalSource(WeightSource):
         }
         names = sorted(self._folders.get(next(iter(shapes), ""), path).glob("*.pt"))
         state_keys = tuple(p.stem for p in names if p.stem not in (WEIGHT_KEY, STEP_KEY)) if shapes else ()
-        self._untrained = {
-            name: tensor
-            for module in self._modules[:1]
-            for name, tensor in module.items()
-            if name not in shapes and name not in self._alias and (name not in frozen or tensor.numel())
-        }
+        untrained = [name for name in self._modules[0] if name not in shapes and name not in alias]
+        self._untrained = {name: self._join(name, frozen.get(name), fragments) for name in untrained}
         self.step = next((states[key] for key in ("step", "global_steps") if isinstance(states.get(key), int)), None)
         self.kinds = (MODEL, *sorted(state_keys, key=lambda key: key != EMA))
         self.training_state = None
@@ -93,6 +89,13 @@ class UniversalSource(WeightSource):
                 model_states=states,
                 optimizer=settings,
             )
+
+    def _join(self, name: str, shape: torch.Size | None, fragments: list[dict]) -> Tensor:
+        """Return an untrained tensor. DeepSpeed's converter leaves those of stage 3 cut into ranks' parts, the last padded."""
+        parts = [module[name] for module in self._modules]
+        if shape is not None and parts[0].shape != shape and all(name in fragment for fragment in fragments):
+            return torch.cat([fragment[name].flatten() for fragment in fragments])[: shape.numel()].view(shape)
+        return join_parts(name, parts)
 
     def _updates(self, settings: dict) -> int:
         """Return how many updates the optimizer has done; every parameter must say the same."""
@@ -116,7 +119,7 @@ class UniversalSource(WeightSource):
 
     def read(self, name: str, kind: str | None = None) -> Tensor:
         if name not in self._shapes:
-            return join_parts(name, [module[name] for module in self._modules]).clone()
+            return self._untrained[name].clone()
         key = WEIGHT_KEY if kind in (None, MODEL) or kind not in self.kinds[1:] else kind
         return self._load(name, key).reshape(self._shapes[name]).clone()
 

@@ -1,0 +1,257 @@
+"""One checkpoint into another format: matched with its network, written aside, read back, renamed."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from model.configuration import LatteFlowConfig
+from model.latte_flow import LatteFlowModel
+from model.partition import check_tensor_parallel
+from model.pipeline import PIPELINE_FILE
+from model.vlm import load_vlm
+from model.weights.matching import MatchedSource
+from model.weights.recognise import open_weights
+from model.weights.safetensors_files import write_safetensors
+from model.weights.source import EMA, EXPORT_FILE, MODEL, WeightSource
+from model.weights.torch_dcp import write_dcp, write_megatron_dist
+from model.weights.torch_files import write_megatron_ranks, write_torch_file
+from model.weights.universal import write_universal
+from tools.conversion.qwen2_vl import PREFIX, write_qwen2_vl
+from training.checkpoint_manifest import describe_file
+from training.durable import sync_folder, write_synced
+from training.errors import UserError
+from training.trained_weights import OpenedCheckpoint, open_checkpoint
+
+FORMATS = (
+    "safetensors",
+    "safetensors-sharded",
+    "pt",
+    "dcp",
+    "deepspeed-universal",
+    "megatron-tp",
+    "megatron-dist",
+    "qwen2-vl",
+)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PARTIAL_SUFFIX = ".partial"
+COMPONENTS = ("config.json", PIPELINE_FILE, "tokenizer", "vlm", "config.yaml")
+"""What travels along, where it is there."""
+
+
+def convert(
+    path: str,
+    output: str,
+    *,
+    to: str,
+    weights: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    tensor_parallel: int = 1,
+    step: int | None = None,
+    model_folder: str | None = None,
+    verify: bool = False,
+    force: bool = False,
+) -> Path:
+    """Convert a checkpoint; the arguments are the command line's (``make_parser``).
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        UserError: when an argument or the input does not fit; nothing has been written then.
+    """
+    target = Path(output)
+    if target.suffix in (".safetensors", ".pt", ".bin", ".pth"):
+        raise UserError(
+            f"output: {target} looks like a file; accepted: a folder, which the weights' file is written into"
+        )
+    if target.exists() and not force:
+        raise UserError(f"output: {target} exists; accepted: a new folder, or --force to replace it")
+    if target.exists() and (not target.is_dir() or (not (target / EXPORT_FILE).is_file() and any(target.iterdir()))):
+        raise UserError(f"output: {target} is no folder that a conversion has written; it is not replaced")
+    opened = open_checkpoint(Path(path), step=step, model_folder=model_folder and Path(model_folder))
+    partial = target.with_name(target.name + PARTIAL_SUFFIX)
+    try:
+        source, config = match(opened, weights=weights, dtype=dtype, to=to, tensor_parallel=tensor_parallel)
+        _check_space(target.resolve().parent, source)
+        shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+        partial.mkdir(parents=True)
+        try:
+            write(
+                partial,
+                source,
+                config,
+                opened,
+                to=to,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
+                ranks=tensor_parallel,
+            )
+            if verify:
+                _verify(partial, source, config, to)
+            _finish(partial, source, opened, to)
+            _replace(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"output: {target} could not be written: {error}") from error
+    except ValueError as error:
+        raise error if isinstance(error, UserError) else UserError(str(error)) from error
+    kinds = "weights and optimizer state" if source.training_state else f"weights ({source.kinds[0]})"
+    checked = ", read back and compared" if verify else ""
+    print(f"{opened.source.path} ({opened.source.format}): {kinds} of step {source.step} in {target} ({to}){checked}")
+    return target
+
+
+def match(
+    opened: OpenedCheckpoint, *, weights: str | None, dtype: str | None, to: str, tensor_parallel: int = 1
+) -> tuple[MatchedSource, LatteFlowConfig]:
+    """Return the weights that are asked for, under the names of the network that config.json describes, and that network.
+
+    Raises:
+        ValueError: when they are not there, or not of that network.
+    """
+    source = opened.source
+    if opened.components is None:
+        raise UserError(f"{source.path}: no config.json beside it; accepted: --model_folder with the network's")
+    config = load_network_config(opened.components)
+    kinds = [kind for kind in (EMA, MODEL) if kind in source.kinds]
+    if weights is not None and weights not in kinds:
+        raise UserError(f"weights: {source.path} holds {' and '.join(kinds)}; accepted: {' or '.join(kinds)}")
+    keeps_state = to == "deepspeed-universal" and weights is None and source.training_state is not None
+    if keeps_state and dtype not in (None, "float32"):
+        raise UserError(
+            f"dtype: {dtype}; accepted with an optimizer's state: float32 (or --weights, without the state)"
+        )
+    if tensor_parallel != 1 and to != "megatron-tp":
+        raise UserError(f"tensor_parallel: {tensor_parallel}; accepted with --to {to}: 1 (with --to megatron-tp: more)")
+    check_tensor_parallel(config.text_config, tensor_parallel)
+    with torch.device("meta"):
+        network = LatteFlowModel(config)
+    matched = MatchedSource(source, network, weights or source.default_kind, None if dtype is None else DTYPES[dtype])
+    if keeps_state:
+        matched.keep_training_state()
+    return matched, config
+
+
+def load_network_config(folder: Path) -> LatteFlowConfig:
+    """Return the network's configuration in a model folder.
+
+    Raises:
+        ValueError: when it is of another kind of model, or damaged.
+    """
+    file = folder / "config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        kind = settings.get("model_type")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file}: damaged ({error})") from error
+    if kind != LatteFlowConfig.model_type:
+        raise ValueError(f"{file}: describes a {kind} model; accepted: {LatteFlowConfig.model_type}")
+    # How attention is computed is this machine's matter.
+    return LatteFlowConfig.from_dict(settings | {"attention_backend": "auto"})
+
+
+def write(
+    folder: Path,
+    source: MatchedSource,
+    config: LatteFlowConfig,
+    opened: OpenedCheckpoint,
+    *,
+    to: str,
+    dtype: str | None,
+    max_shard_size: str,
+    ranks: int,
+) -> None:
+    """Write the weights in a format, and what travels along."""
+    if to == "qwen2-vl":
+        options = {"dtype": None if dtype is None else DTYPES[dtype], "max_shard_size": max_shard_size}
+        write_qwen2_vl(folder, source, config, opened.components, **options)
+        return
+    metadata = {"weights": source.kinds[0]} | ({} if source.step is None else {"step": str(source.step)})
+    if to == "safetensors":
+        write_safetensors(folder, source, max_shard_size=None, metadata=metadata)
+    elif to == "safetensors-sharded":
+        write_safetensors(folder, source, max_shard_size=max_shard_size, metadata=metadata)
+    elif to == "pt":
+        write_torch_file(folder, source)
+    elif to == "dcp":
+        write_dcp(folder, source)
+    elif to == "megatron-dist":
+        write_megatron_dist(folder, source)
+    elif to == "megatron-tp":
+        write_megatron_ranks(folder, source, tensor_parallel=ranks)
+    else:
+        write_universal(folder, source)
+    for name in COMPONENTS:
+        component = opened.components / name
+        if component.is_dir():
+            shutil.copytree(component, folder / name)
+        elif component.is_file():
+            shutil.copyfile(component, folder / name)
+    if opened.config_file is not None:
+        shutil.copyfile(opened.config_file, folder / "config.yaml")
+
+
+def _check_space(folder: Path, source: WeightSource) -> None:
+    """Refuse an output that has no room for what will be written."""
+    while not folder.exists():
+        folder = folder.parent
+    kinds = len(source.kinds) if source.training_state else 1
+    needed = kinds * sum(info.num_bytes for info in source.tensors.values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(f"output: it needs {needed / 2**30:.3g} GiB, {folder} has {free / 2**30:.3g} GiB free")
+
+
+def _verify(folder: Path, source: MatchedSource, config: LatteFlowConfig, to: str) -> None:
+    """Read back what was written and compare every tensor, bit for bit.
+
+    Raises:
+        ValueError: names the first that differs.
+    """
+    if to == "qwen2-vl":
+        vlm, _ = load_vlm(folder, dtype=None)
+        names = [name for name in source.tensors if name.startswith(PREFIX)]
+        own = vlm.state_dict()
+        pairs = ((name, own[name.removeprefix(PREFIX)], source.read(name)) for name in names)
+    else:
+        written = open_weights(folder)
+        kinds = source.kinds if source.training_state else (None,)
+        pairs = (
+            (f"{name} {kind or ''}", written.read(name, kind), source.read(name, kind))
+            for name in source.tensors
+            for kind in kinds
+        )
+    for name, there, expected in pairs:
+        if there.dtype != expected.dtype or not torch.equal(there, expected):
+            raise ValueError(f"verify: {name} was not written as it is read; the output is not kept")
+
+
+def _finish(folder: Path, source: MatchedSource, opened: OpenedCheckpoint, to: str) -> None:
+    """Write export.json, with every file's size and SHA-256, and wait until all is on the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    record = {
+        "format": to,
+        "step": source.step,
+        "weights": None if source.training_state else source.kinds[0],
+        "source": {"format": opened.source.format, "world_size": opened.source.world_size},
+        "files": {str(path.relative_to(folder)): describe_file(path) for path in files},
+    }
+    write_synced(folder / EXPORT_FILE, json.dumps(record, indent=1).encode())
+    for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        sync_folder(path)
+
+
+def _replace(partial: Path, target: Path) -> None:
+    """Give a complete folder its name; one that was there is removed only when the new one has it."""
+    old = target.with_name(target.name + ".old")
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+    os.replace(partial, target)
+    sync_folder(target.resolve().parent)
+    shutil.rmtree(old, ignore_errors=True)
