@@ -16,10 +16,11 @@ ROUNDING = 0.1
 averages of gradients that are larger than they and come in bfloat16. Parts of different tensors differ by more than 1."""
 
 _LAYER = r"(?:(?:layers|vlm\.model\.language_model\.layers|model\.language_model\.layers)\.\d+\.)"
-_BY_ROWS = re.compile(
+SPLIT_BY_ROWS = (
     rf"{_LAYER}(?:(?:self_attn\.)?[qkv]_proj\.(?:weight|bias)|mlp\.(?:gate|up)_proj\.weight|residual_gate\.weight)"
 )
-_BY_COLUMNS = re.compile(rf"{_LAYER}(?:(?:self_attn\.)?o_proj\.weight|mlp\.down_proj\.weight)")
+SPLIT_BY_COLUMNS = rf"{_LAYER}(?:(?:self_attn\.)?o_proj\.weight|mlp\.down_proj\.weight)"
+"""What the names of split parameters match, from their beginning to their end."""
 
 
 def partition_dim(name: str) -> int | None:
@@ -28,9 +29,9 @@ def partition_dim(name: str) -> int | None:
     Args:
         name: of a parameter in the state dict of a LatteFlowModel or of a Qwen2-VL.
     """
-    if _BY_ROWS.fullmatch(name):
+    if re.fullmatch(SPLIT_BY_ROWS, name):
         return 0
-    return 1 if _BY_COLUMNS.fullmatch(name) else None
+    return 1 if re.fullmatch(SPLIT_BY_COLUMNS, name) else None
 
 
 def take_part(name: str, tensor: Tensor, rank: int, size: int) -> Tensor:

@@ -94,7 +94,7 @@ class Trainer:
         model = LatteFlowModel.from_vlm(vlm, model_config)
         self.ranks.split_model(model)
         model.freeze_unreached_parameters()
-        mark_universal(model)
+        mark_universal(model, self.ranks.tensor_size)
         groups = parameter_groups(model, config.optimizer.weight_decay)
         self.group_labels = [group["name"] for group in groups]
         optimizer = AdamWWithEMA(

@@ -1,6 +1,7 @@
 """Tensor parallelism trains what one rank trains: the same gradients, losses and weights to rounding, over megatron-core."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from model.latte_flow import LatteFlowModel
 from model.partition import partition_dim, take_part
 from tests.integration import tensor_parallel_ranks
 from tests.integration.launching import SERVER, column, metrics
+from tests.integration.launching import run as run_program
 from tests.integration.test_training import assert_losses_and_norms_agree, assert_weights_equal
 from training.checkpoint_io import safe_unpickling
 from training.config import Assumptions
@@ -209,6 +211,22 @@ def test_samples_are_drawn_without_tensor_parallelism(command, two_by_two):
     assert weights.keys() == names
     drawn = command.sample(two_by_two.output_dir, "--num_images", "4")
     assert len(list(drawn.output_dir.glob("0*.png"))) == 4
+
+
+def test_deepspeeds_own_conversion_joins_the_parts(two_by_two, tmp_path):
+    """ds_to_universal, which knows of our split only what the checkpoint says of it."""
+    checkpoint, folder = two_by_two.checkpoint(8), tmp_path / "universal"
+    script = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers", "1"]
+    finished = run_program(
+        [*script, "--num_merge_workers", "1", "--input_folder", checkpoint, "--output_folder", folder]
+    )
+    assert finished.code == 0, finished.output
+    with safe_unpickling(checkpoint):
+        shards = ZeroShards(checkpoint)
+        for name in shards.shapes:
+            for file, key in (("fp32", None), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
+                param = torch.load(folder / "zero" / name / f"{file}.pt", weights_only=True)["param"]
+                assert torch.equal(param, shards.read(name, key)), (name, key)
 
 
 # What else a run does
