@@ -71,7 +71,12 @@ class _OnlyOutput:
 
 
 class _Column(_OnlyOutput, ColumnParallelLinear):
-    pass
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            # megatron-core would compute the input's gradient all the same, and sum it over the ranks: of a frozen VLM's context,
+            # which may be longer than the image.
+            return nn.functional.linear(x, self.weight, self.bias)
+        return super().forward(x)
 
 
 class _Row(_OnlyOutput, RowParallelLinear):

@@ -1,6 +1,7 @@
 """Tensor parallelism trains what one rank trains: the same gradients, losses and weights to rounding, over megatron-core."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -213,6 +214,20 @@ def test_samples_are_drawn_without_tensor_parallelism(command, two_by_two):
     assert len(list(drawn.output_dir.glob("0*.png"))) == 4
 
 
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [
+        ("*mp_rank_01_*", "holds the shards of 2 ranks, but 4 have written it"),
+        ("*mp_rank_01_optim*", r"holds weights of tensor-parallel ranks \[0, 1\] and shards of \[0\]"),
+        ("zero_pp_rank_1_mp_rank_01_*", "holds the shards of 3 ranks, but 4 have written it"),
+    ],
+)
+def test_a_part_that_is_missing_is_an_error(two_by_two, tmp_path, left_out, message):
+    folder = shutil.copytree(two_by_two.checkpoint(8), tmp_path / "copy", ignore=shutil.ignore_patterns(left_out))
+    with pytest.raises(ValueError, match=message):
+        read_weights(folder, "model")
+
+
 def test_deepspeeds_own_conversion_joins_the_parts(two_by_two, tmp_path):
     """ds_to_universal, which knows of our split only what the checkpoint says of it."""
     checkpoint, folder = two_by_two.checkpoint(8), tmp_path / "universal"
@@ -236,13 +251,13 @@ def test_deepspeeds_own_conversion_joins_the_parts(two_by_two, tmp_path):
 def test_the_context_is_the_same_however_much_of_it_is_kept(command, projection):
     """Each rank keeps its own heads' keys and values, so of ``vlm`` twice as many prompts fit."""
     fields = {"ranks": 2, "tensor_parallel": 2, "micro_batch_size": 4, "sample__num_images": 4, "global_batch_size": 8}
-    fields |= {"model__context_projection": projection}
+    fields |= {"model__context_projection": projection, "max_steps": 3, "sample__every": 2, "checkpoint__every": 3}
     kept = command.train(**fields)
     assert f"of {0.0156 if projection == 'generation' else 0.00781} MiB each" in kept.finished.output
     for limits in ({"vlm__context_cache": "none"}, {"vlm__context_cache": "lru", "vlm__context_cache_gib": 1.5e-4}):
         run = command.train(**fields, **limits)
         assert column(run.output_dir, "loss") == column(kept.output_dir, "loss")
-        assert_weights_equal(run, kept, 8)
+        assert_weights_equal(run, kept, 3)
 
 
 def test_a_step_that_is_not_finite_is_skipped_on_all_ranks_and_its_samples_are_named_once(command):

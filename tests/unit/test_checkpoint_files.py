@@ -105,6 +105,7 @@ class TestCheckFiles:
             {"step": -1}, {"step": True}, {"step": 2**63}, {"step": 7.0}, {"step": float("nan")}, {"step": None},
             {"world_size": 0}, {"world_size": 2}, {"world_size": True}, {"zero_stage": 4}, {"zero_stage": "2"},
             {"files": {}}, {"files": {MODEL: {"bytes": 250, "sha256": "0" * 64}}}, {"sha256": "0" * 64}, {"sha256": None},
+            {"tensor_parallel": 2}, {"tensor_parallel": 0}, {"tensor_parallel": True}, {"tensor_parallel": None},
         ],
         ids=str,
     )  # fmt: skip
@@ -112,6 +113,19 @@ class TestCheckFiles:
         manifest = json.loads((folder / "manifest.json").read_text())
         (folder / "manifest.json").write_text(json.dumps(manifest | changed))
         assert list(problems(folder)) == ["manifest.json"]
+
+    @pytest.mark.parametrize(
+        ("ranks", "tensor_parallel", "models", "whole"),
+        [(4, 2, 2, True), (2, 2, 2, True), (3, 2, 2, False), (4, 2, 1, False), (4, 1, 2, False), (4, 4, 2, False)],
+    )
+    def test_tensor_parallel_ranks_have_a_file_of_weights_each(self, tmp_path, ranks, tensor_parallel, models, whole):
+        files = {f"mp_rank_{i:02d}_model_states.pt": b"x" for i in range(models)}
+        files |= {f"zero_pp_rank_{i}_mp_rank_00_optim_states.pt": b"y" for i in range(ranks)}
+        folder = write_checkpoint(tmp_path, 7, files)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest |= {"world_size": ranks, "tensor_parallel": tensor_parallel}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert (not problems(folder)) == whole
 
     @pytest.mark.parametrize("depth", [20, 100_000])
     def test_a_manifest_of_nested_lists(self, folder, depth):
