@@ -74,8 +74,9 @@ class PromptEncoder:
     def bytes_per_prompt(self) -> int:
         """Return the size of one prompt's states, all layers, in bytes."""
         config = self.vlm.config.text_config
-        head_dim = config.hidden_size // config.num_attention_heads
-        numbers = config.hidden_size if self.projection == "generation" else 2 * config.num_key_value_heads * head_dim
+        # Asked of the weights: a VLM that is split over ranks has a part of the key heads.
+        keys = len(self.vlm.model.language_model.layers[0].self_attn.k_proj.weight)
+        numbers = config.hidden_size if self.projection == "generation" else 2 * keys
         length = self.inputs["input_ids"].shape[1]
         return length * config.num_hidden_layers * numbers * (self.dtype or self.vlm.dtype).itemsize
 

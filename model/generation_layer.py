@@ -101,6 +101,11 @@ class GenerationLayer(nn.Module):
             gate = nn.Linear(text.hidden_size, text.num_attention_heads, bias=False)
             self.residual_gate = set_initial_std(gate, 0.0)
 
+    def share_again(self, vlm_layer: nn.Module) -> None:
+        """Take the shared submodules from the VLM's layer anew, after some of them were replaced by others."""
+        for name in self._shared:
+            self._shared[name] = vlm_layer.get_submodule(VLM_PATHS[name])
+
     def copy_from(self, vlm_layer: nn.Module) -> None:
         """Copy the weights of a transformers Qwen2VLDecoderLayer into the submodules that are this layer's own.
 

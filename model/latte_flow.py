@@ -258,6 +258,18 @@ class LatteFlowModel(PreTrainedModel):
                 gates[index] = torch.tanh(layer.residual_gate(image_io.embed_time(timesteps))).float()
         return gates
 
+    def replace_linears(self, replacements: Mapping[str, nn.Module]) -> None:
+        """Put other modules into the places of linears, also where a generation layer shares the VLM's.
+
+        Args:
+            replacements: name of a submodule -> what computes the same, or a rank's part of it.
+        """
+        for name, module in replacements.items():
+            self.set_submodule(name, module, strict=True)
+        if self.config.variant == "blend":
+            for layer, vlm_layer in zip(self.layers, self.vlm.model.language_model.layers, strict=True):
+                layer.share_again(vlm_layer)
+
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """Save as transformers does, each weight under its name here.
 

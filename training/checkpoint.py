@@ -21,6 +21,7 @@ from training.checkpoint_manifest import (
     MANIFEST,
     OWN_DIGEST,
     PARTIAL_SUFFIX,
+    TENSOR_PARALLEL,
     check_files,
     check_manifest,
     describe_file,
@@ -90,6 +91,7 @@ class CheckpointStore:
             "step": step,
             "world_size": dist.get_world_size(),
             "zero_stage": engine.zero_optimization_stage(),
+            TENSOR_PARALLEL: engine.mp_world_size,
             "layout": layout(engine),
         }
         arguments = (final, problem, engine.checkpoint_engine, manifest)
@@ -233,9 +235,11 @@ class CheckpointStore:
         manifest = read_manifest(path)
         fits = manifest.get("layout") == layout(engine)
         if not fits and _is_first_rank():
+            before, now = manifest.get(TENSOR_PARALLEL, 1), engine.mp_world_size
+            tensor = "" if before == now == 1 else f", tensor_parallel {now} instead of {before}"
             print(
                 f"{path} was written by {manifest['world_size']} ranks with ZeRO stage {manifest['zero_stage']}; its shards are "
-                f"cut anew for {dist.get_world_size()} with stage {engine.zero_optimization_stage()}",
+                f"cut anew for {dist.get_world_size()} with stage {engine.zero_optimization_stage()}{tensor}",
                 flush=True,
             )
         with safe_unpickling(path):
@@ -293,7 +297,7 @@ def _bytes_to_write(engine) -> int:
     shards += [t for state in engine.optimizer.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
     held = torch.tensor(sum(t.nbytes for t in shards), dtype=torch.float64, device=engine.device)
     dist.all_reduce(held)
-    return int(held) + sum(p.nbytes for p in engine.module.parameters())
+    return int(held) + sum(p.nbytes for p in engine.module.parameters()) * engine.mp_world_size
 
 
 def _share(items: list) -> list:

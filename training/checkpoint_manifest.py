@@ -21,6 +21,7 @@ STEP_FOLDER = re.compile(r"step_\d{7,}")
 FILE_NAME = re.compile(r"[\w-][\w.-]{0,254}", re.ASCII)
 """What files of a checkpoint are called: in the folder itself, so a manifest cannot lead out of it."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
+TENSOR_PARALLEL = "tensor_parallel"
 OWN_DIGEST = "sha256"
 """The key under which a manifest has the SHA-256 of its own content; those of older versions have none."""
 
@@ -37,7 +38,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_manifest(path: Path) -> dict:
-    """Return a checkpoint's manifest: step, world_size, zero_stage, files.
+    """Return a checkpoint's manifest: step, world_size, zero_stage, tensor_parallel (older ones have none: 1), files.
 
     Raises:
         UserError: when it is missing or not what ``save`` writes.
@@ -107,6 +108,7 @@ def check_manifest(manifest: dict) -> None:
         "step": (manifest["step"], 0, 2**63),
         "world_size": (manifest["world_size"], shards, shards + 1),
         "zero_stage": (manifest["zero_stage"], 1, 4),
+        "tensor_parallel": (manifest.get(TENSOR_PARALLEL, 1), 1, shards + 1),
     }
     for name, (value, low, high) in numbers.items():
         if type(value) is not int or not low <= value < high:  # nor is True a number
@@ -115,7 +117,10 @@ def check_manifest(manifest: dict) -> None:
         if not FILE_NAME.fullmatch(name) or not DIGEST.fullmatch(entry["sha256"]):
             raise ValueError(f"files: {name!r} with SHA-256 {entry['sha256']!r}")
     models = sum(name.endswith(MODEL_SUFFIX) for name in files)
-    expected = manifest["world_size"] if manifest["zero_stage"] == 3 else 1
+    tensor_parallel = manifest.get(TENSOR_PARALLEL, 1)
+    expected = manifest["world_size"] if manifest["zero_stage"] == 3 else tensor_parallel
+    if shards % tensor_parallel:
+        raise ValueError(f"tensor_parallel: {tensor_parallel} does not divide world_size {shards}")
     if shards == 0 or models != expected:
         raise ValueError(
             f"files: {shards} *{OPTIMIZER_SUFFIX} and {models} *{MODEL_SUFFIX}; accepted: one or more, and {expected}"

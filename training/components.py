@@ -8,6 +8,7 @@ import torch
 from model.autoencoder import load_codec
 from model.configuration import LatteFlowConfig
 from model.latte_flow import LatteFlowModel
+from model.partition import check_tensor_parallel
 from model.pipeline import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, PipelineConfig
 from model.vlm import build_tiny_tokenizer, build_tiny_vlm, checkpoint_folder, fingerprint, load_vlm, tiny_vlm_config
 from training.config import TrainingConfig
@@ -67,6 +68,7 @@ def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
         model_config = LatteFlowConfig(
             vlm_config=vlm.config, latent_channels=codec.latent_channels, latent_size=latent_size, **config.model
         )
+        check_tensor_parallel(model_config.text_config, config.tensor_parallel)
         if model_config.attention_spec().backend == "flash" and config.precision != "bf16":
             raise UserError(
                 f"model.attention_backend: flash takes precision bf16, not {config.precision}; accepted: reference, sdpa"

@@ -8,6 +8,7 @@ import math
 import os
 import string
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Literal
 
 from training.errors import UserError
@@ -174,6 +175,11 @@ class HealthConfig:
     spike_window: int = 100
     hang_minutes: float = 15.0
 
+    @property
+    def patience(self) -> timedelta:
+        """How long a collective may take. Longer than the watchdog waits: it says who hangs, a collective's timeout does not."""
+        return timedelta(minutes=self.hang_minutes + 10)
+
 
 @dataclass
 class LoggingConfig:
@@ -223,6 +229,8 @@ class TrainingConfig:
         global_batch_size: samples per optimizer step over all ranks.
         micro_batch_size: samples per rank and forward pass; a multiple of the number of groups. Null: the largest that needs
             no gradient accumulation.
+        tensor_parallel: how many ranks share the heads and hidden units of every layer and train the same samples; it divides the
+            number of ranks and what is shared. With ZeRO stages 1 and 2. See docs/train.md.
         groups_per_sample: 1, each sample trains one group, samples dealt evenly (stratified); all, every sample trains every
             group at its own timestep, K times the work.
         precision: bf16, weights and activations in bfloat16 with float32 master weights; fp32.
@@ -235,6 +243,7 @@ class TrainingConfig:
     max_steps: int = 240_000
     global_batch_size: int = 2048
     micro_batch_size: int | None = None
+    tensor_parallel: int = 1
     groups_per_sample: Literal[1, "all"] = 1
     precision: Literal["bf16", "fp32"] = "bf16"
     vlm: VlmConfig = field(default_factory=VlmConfig)
@@ -251,6 +260,7 @@ class TrainingConfig:
         positive = {
             "max_steps": self.max_steps,
             "global_batch_size": self.global_batch_size,
+            "tensor_parallel": self.tensor_parallel,
             "checkpoint.every": self.checkpoint.every,
             "health.max_skipped_steps": self.health.max_skipped_steps,
             "health.spike_ratio": self.health.spike_ratio,

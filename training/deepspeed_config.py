@@ -18,23 +18,30 @@ UNCHECKED = {"steps_per_print": int, "wall_clock_breakdown": bool, "zero_force_d
 def make_batch_layout(config: TrainingConfig, *, num_groups: int, world_size: int, rank: int) -> BatchLayout:
     """Return how the global batch is spread over ranks and micro-batches.
 
+    Args:
+        config: the run.
+        num_groups: K.
+        world_size: how many ranks train parts of the batch of their own: training/ranks.py's data_size.
+        rank: which of them this is.
+
     Raises:
         UserError: when global_batch_size is not accumulation x micro_batch_size x world size, or a micro-batch cannot be split
             evenly over the groups.
     """
     total, micro = config.global_batch_size, config.micro_batch_size
+    ranks = f"{world_size} {'ranks' if config.tensor_parallel == 1 else 'data-parallel ranks'}"
     if micro is None:
         if total % world_size:
-            raise UserError(f"global_batch_size: {total} is not a multiple of the {world_size} ranks")
+            raise UserError(f"global_batch_size: {total} is not a multiple of the {ranks}")
         micro = total // world_size
     if micro < 1 or total % (micro * world_size):
         raise UserError(
-            f"micro_batch_size: {micro} on {world_size} ranks does not divide global_batch_size {total}; accepted: divisors of "
+            f"micro_batch_size: {micro} on {ranks} does not divide global_batch_size {total}; accepted: divisors of "
             f"{total / world_size:g}"
         )
     if config.groups_per_sample != "all" and micro % num_groups:
         raise UserError(
-            f"micro_batch_size: {micro} (of global_batch_size {total} on {world_size} ranks) is not a multiple of the "
+            f"micro_batch_size: {micro} (of global_batch_size {total} on {ranks}) is not a multiple of the "
             f"{num_groups} groups that each micro-batch is dealt to (model.num_groups)"
         )
     return BatchLayout(global_batch_size=total, micro_batch_size=micro, world_size=world_size, rank=rank)
@@ -96,6 +103,11 @@ def load_deepspeed_config(config: TrainingConfig, layout: BatchLayout) -> dict:
     if type(stage) is not int or stage not in SUPPORTED_STAGES:
         accepted = ", ".join(map(str, SUPPORTED_STAGES))
         raise UserError(f"deepspeed: {path} sets zero_optimization.stage {stage}; accepted: {accepted}")
+    if config.tensor_parallel > 1 and stage == 3:
+        raise UserError(
+            f"tensor_parallel: {config.tensor_parallel} with zero_optimization.stage 3 of {path}; accepted: stages 1 and 2, such "
+            "as ds_configs/zero2.json, or tensor_parallel 1"
+        )
     _check_with_deepspeed(result, path)
     return result
 

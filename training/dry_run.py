@@ -21,12 +21,14 @@ from model.context import Context, encode_context, tokenize_prompts, truncate_pr
 from model.context_cache import context_capacity
 from model.flow_matching import flow_matching_loss
 from model.latte_flow import LatteFlowModel
+from model.partition import check_tensor_parallel, partition_dim
 from training.components import tiny_vlm_parts
 from training.config import Assumptions, TrainingConfig
 from training.data.datasets import load_image_dataset
 from training.data.loader import BatchLayout
 from training.deepspeed_config import load_deepspeed_config, make_batch_layout
 from training.errors import UserError
+from training.ranks import data_parallel_size
 
 GIB = 2**30
 OPTIMIZER_BYTES = 16
@@ -42,7 +44,7 @@ BUNDLED = {
 
 @dataclass
 class DryRun:
-    """The counts. Bytes are per GPU, FLOPs per sample; ``memory`` is item -> bytes."""
+    """The counts. Bytes are per GPU, FLOPs per sample over all GPUs that train it; ``memory`` is item -> bytes."""
 
     parameters: dict[str, int] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
@@ -151,6 +153,12 @@ def count(
         "trained": trained,
         "run at one sampling step": model.activated_parameters(),
     }
+    tensor_parallel = config.tensor_parallel
+    if tensor_parallel > 1:
+        model.replace_linears(_linears_of_one_rank(model, tensor_parallel))
+        for name, linear in _linears_of_one_rank(vlm, tensor_parallel).items():  # none are left in Blend's
+            vlm.set_submodule(name, linear, strict=True)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     micro, prompts, length = layout.micro_batch_size, assumed.num_prompts, assumed.prompt_tokens
     rows = micro * (model_config.num_groups if config.groups_per_sample == "all" else 1)
@@ -183,15 +191,19 @@ def count(
         loss = flow_matching_loss(velocity, latents, latents).mean()
         forward_flops, activations = counter.get_total_flops(), saved.total
         loss.backward()
-    result.flops = {"forward": forward_flops / micro, "forward and backward": counter.get_total_flops() / micro}
+    # Of all tensor-parallel ranks together; what they do not split each of them computes.
+    result.flops = {
+        "forward": forward_flops * tensor_parallel / micro,
+        "forward and backward": counter.get_total_flops() * tensor_parallel / micro,
+    }
     if isinstance(codec, DCAECodec) and config.data.dataset != "latents":
         image = torch.empty(1, codec.image_channels, config.data.resolution, config.data.resolution, device=meta)
         with FlopCounterMode(display=False) as encoder:
             codec.encode(image)
-        result.flops["encoding the image"] = encoder.get_total_flops()
+        result.flops["encoding the image"] = encoder.get_total_flops() * tensor_parallel
     if context is not None:
         when = "once a run" if capacity == prompts else "each time they are not in the cache"
-        result.flops[f"context of all prompts, {when}"] = context_flops
+        result.flops[f"context of all prompts, {when}"] = context_flops * tensor_parallel
 
     stage = _zero_settings(config)
     shards = layout.world_size
@@ -211,8 +223,21 @@ def count(
 
     per_sample = result.flops["forward and backward"] + result.flops.get("encoding the image", 0.0)
     total = per_sample * config.global_batch_size * config.max_steps
-    result.seconds = total / (shards * assumed.peak_tflops * 1e12 * assumed.utilisation)
+    result.seconds = total / (shards * tensor_parallel * assumed.peak_tflops * 1e12 * assumed.utilisation)
     return result
+
+
+def _linears_of_one_rank(network: nn.Module, tensor_parallel: int) -> dict[str, nn.Linear]:
+    """Return, by name, the parts that a tensor-parallel rank has of a network's split linears, on the meta device."""
+    parts = {}
+    for name, linear in network.named_modules():
+        dim = partition_dim(f"{name}.weight")
+        if isinstance(linear, nn.Linear) and dim is not None:
+            sizes = list(linear.weight.shape)
+            sizes[dim] //= tensor_parallel
+            part = nn.Linear(sizes[1], sizes[0], linear.bias is not None, device="meta", dtype=linear.weight.dtype)
+            parts[name] = part.requires_grad_(linear.weight.requires_grad)
+    return parts
 
 
 def _zero_settings(config: TrainingConfig) -> dict:
@@ -232,17 +257,20 @@ def format_table(config: TrainingConfig, result: DryRun, assumed: Assumptions) -
     lines = ["parameters"]
     lines += [f"  {name:<48} {value / 1e6:>12,.2f} M" for name, value in result.parameters.items()]
     stage = _zero_settings(config)["stage"]
-    lines += ["", f"memory per GPU (ZeRO-{stage}, {layout.world_size} GPUs, micro-batch {layout.micro_batch_size})"]
+    gpus = layout.world_size * config.tensor_parallel
+    tensor = f", tensor_parallel {config.tensor_parallel}" if config.tensor_parallel > 1 else ""
+    lines += ["", f"memory per GPU (ZeRO-{stage}, {gpus} GPUs{tensor}, micro-batch {layout.micro_batch_size})"]
     lines += [f"  {name:<48} {value / GIB:>12,.3f} GiB" for name, value in result.memory.items()]
     lines += [f"  {'total':<48} {result.total_memory / GIB:>12,.3f} GiB"]
     lines += ["", "floating-point operations a sample"]
     lines += [f"  {name:<48} {value / 1e9:>12,.2f} GFLOP" for name, value in result.flops.items()]
     samples = config.max_steps * config.global_batch_size
     shares = 1 if config.groups_per_sample == "all" else config.model["num_groups"]
+    whom = "GPUs" if config.tensor_parallel == 1 else f"sets of {config.tensor_parallel} GPUs"
     lines += [
         "",
         "batch",
-        f"  global {layout.global_batch_size} = {layout.world_size} GPUs x micro-batch {layout.micro_batch_size} x "
+        f"  global {layout.global_batch_size} = {layout.world_size} {whom} x micro-batch {layout.micro_batch_size} x "
         f"{layout.accumulation_steps} accumulation steps; each group sees {layout.global_batch_size // shares} samples a step",
         "",
         f"time at {assumed.utilisation:.0%} of {assumed.peak_tflops:g} TFLOP/s a GPU",
@@ -279,9 +307,11 @@ def dry_run(config: TrainingConfig, assumed: Assumptions) -> DryRun:
             latent_size=codec.latent_size(config.data.resolution),
             **config.model,
         )
+        check_tensor_parallel(model_config.text_config, config.tensor_parallel)
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
-    layout = make_batch_layout(config, num_groups=model_config.num_groups, world_size=assumed.gpus, rank=0)
+    data_size = data_parallel_size(config.tensor_parallel, assumed.gpus)
+    layout = make_batch_layout(config, num_groups=model_config.num_groups, world_size=data_size, rank=0)
     load_deepspeed_config(config, layout)
     try:
         return count(config, vlm, model_config, codec, layout, assumed)

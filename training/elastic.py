@@ -1,4 +1,4 @@
-"""Take a checkpoint into an engine with another number of ranks or another ZeRO stage than it was written with.
+"""Take a checkpoint into an engine with other ranks, another ZeRO stage or another tensor_parallel than it was written with.
 
 DeepSpeed's own loading wants the shards cut as they were. Here every parameter is put together by name from the shards (master
 weight, moments, moving average) and each rank takes its part of it, so any number of ranks and any stage goes on from any other.
@@ -11,6 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from model.partition import take_part, whole_shape
 from training.errors import UserError
 from training.zero import holds_part, prepare_optimizer_state, refresh_model_weights, write_state
 from training.zero_shards import ZeroShards
@@ -35,26 +36,34 @@ def load_resharded(engine, folder: Path) -> dict:
     """
     shards = ZeroShards(folder)
     frozen = shards.frozen()
-    _check_shapes(folder, shards, {name: tensor.shape for name, tensor in frozen.items()}, engine.module)
+    # This rank's part of what is split; without tensor parallelism it is the whole.
+    rank, size = (0, 1) if engine.mpu is None else (engine.mpu.get_model_parallel_rank(), engine.mp_world_size)
+    _check_shapes(folder, shards, {name: tensor.shape for name, tensor in frozen.items()}, engine.module, size)
     trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     prepare_optimizer_state(engine.optimizer, shards.state_keys, shards.updates)
     for name, parameter in trained.items():
         for key in (None, *shards.state_keys) if holds_part(parameter) else ():
-            write_state(parameter, shards.read(name, key), key)
+            write_state(parameter, take_part(name, shards.read(name, key), rank, size), key)
     refresh_model_weights(engine.optimizer)
-    _load_untrained(engine.module, frozen | shards.buffers())
+    untrained = {name: take_part(name, tensor, rank, size) for name, tensor in (frozen | shards.buffers()).items()}
+    _load_untrained(engine.module, untrained)
     for counter in COUNTERS:
         setattr(engine, counter, shards.model_states[counter])
     return shards.model_states
 
 
-def _check_shapes(folder: Path, shards: ZeroShards, frozen: dict[str, torch.Size], model: torch.nn.Module) -> None:
+def _check_shapes(
+    folder: Path, shards: ZeroShards, frozen: dict[str, torch.Size], model: torch.nn.Module, tensor_parallel: int
+) -> None:
     def describe(shape: torch.Size, trained: bool) -> str:
         return f"{list(shape)} {'trained' if trained else 'frozen'}"
 
     there = {name: describe(shape, True) for name, shape in shards.shapes.items()}
     there |= {name: describe(shape, False) for name, shape in frozen.items()}
-    here = {name: describe(getattr(p, "ds_shape", p.shape), p.requires_grad) for name, p in model.named_parameters()}
+    here = {
+        name: describe(whole_shape(name, getattr(p, "ds_shape", p.shape), tensor_parallel), p.requires_grad)
+        for name, p in model.named_parameters()
+    }
     wrong = [
         f"{name}: {there.get(name, 'missing')} there, {here.get(name, 'missing')} here"
         for name in sorted(here.keys() | there.keys())

@@ -23,14 +23,16 @@ class StepHealth:
     Args:
         config: limits.
         global_batch_size: samples of a step.
+        group: the ranks that have other samples than this one, and this one; None for all ranks.
 
     Attributes:
         skipped_in_a_row: how many of the newest steps were skipped.
     """
 
-    def __init__(self, config: HealthConfig, global_batch_size: int):
+    def __init__(self, config: HealthConfig, global_batch_size: int, group: dist.ProcessGroup | None = None):
         self.config = config
         self.global_batch_size = global_batch_size
+        self.group = group
         self.skipped_in_a_row = 0
         self._skipped: list[dict] = []  # since the last report
         self._sums: list[
@@ -55,8 +57,8 @@ class StepHealth:
         """
         self.skipped_in_a_row += 1
         mine = sorted(set(sample_indices[~torch.isfinite(losses)].tolist()))
-        parts: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(parts, mine)
+        parts: list[list[int]] = [[] for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather_object(parts, mine, self.group)
         entry = {
             "step": step,
             "samples": [(step - 1) * self.global_batch_size, step * self.global_batch_size - 1],
@@ -112,7 +114,7 @@ class StepHealth:
         if not self._sums:
             return
         sums = torch.stack([values for _, values in self._sums])
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=self.group)
         steps = [step for step, _ in self._sums]
         self._losses += [(step, total / count) for step, (total, count) in zip(steps, sums.tolist(), strict=True)]
         self._sums = []

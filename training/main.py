@@ -10,7 +10,6 @@ With --dry_run it prints what the run would cost and stops; that needs no launch
 
 import os
 import sys
-from datetime import timedelta
 
 import deepspeed
 import torch.distributed as dist
@@ -30,11 +29,13 @@ def main() -> None:
     if command.dry_run:
         print(format_table(command.config, dry_run(command.config, command.assume), command.assume))
         return
+    if command.config.tensor_parallel > 1:
+        # megatron-core hides the sum of a gradient over ranks behind a matrix product, where kernels start in the order of calls.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Before anything asks for the current device: DeepSpeed itself sets it only when it builds the engine.
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    # Longer than the watchdog's patience: it says who hangs, a collective's own timeout does not. DeepSpeed makes groups of its
-    # own, which take torch's defaults.
-    patience = timedelta(minutes=command.config.health.hang_minutes + 10)
+    # DeepSpeed makes groups of its own, which take torch's defaults.
+    patience = command.config.health.patience
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = patience
     deepspeed.init_distributed(timeout=patience)
     finished = Trainer(command.config).train()

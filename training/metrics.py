@@ -17,11 +17,19 @@ from training.zero import gradient_norms
 class LossMeter:
     """Sums losses on the device between two logged steps: in all, per group, and per bin of tau. No host synchronisation.
 
-    The sums are this rank's own; ``compute`` adds those of all ranks.
+    The sums are this rank's own; ``compute`` adds those of all ranks that train samples of their own.
+
+    Args:
+        num_groups: K.
+        timestep_bins: how many bins tau has.
+        device: of the losses.
+        group: the ranks that have other samples than this one, and this one; None for all ranks.
     """
 
-    def __init__(self, num_groups: int, timestep_bins: int, device: torch.device):
-        self.num_groups, self.timestep_bins = num_groups, timestep_bins
+    def __init__(
+        self, num_groups: int, timestep_bins: int, device: torch.device, group: dist.ProcessGroup | None = None
+    ):
+        self.num_groups, self.timestep_bins, self.group = num_groups, timestep_bins, group
         # Rows: sum, count. Columns: groups, then bins. float64, so that the order of additions does not show.
         self.totals = torch.zeros(2, num_groups + timestep_bins, dtype=torch.float64, device=device)
 
@@ -37,7 +45,7 @@ class LossMeter:
         """Return the mean losses over all ranks since the last call, and start again; NaN where there were none. Collective."""
         totals = self.totals.clone()
         if dist.is_initialized():
-            dist.all_reduce(totals)
+            dist.all_reduce(totals, group=self.group)
         self.totals.zero_()
         sums, counts = totals.tolist()
         k = self.num_groups
@@ -51,8 +59,8 @@ class LossMeter:
 
     def state_dict(self) -> list[list[list[float]]]:
         """Return every rank's sums, so that a run stopped between two logged steps reports the same means. Collective."""
-        gathered = [torch.zeros_like(self.totals) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, self.totals)
+        gathered = [torch.zeros_like(self.totals) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(gathered, self.totals, self.group)
         return [totals.tolist() for totals in gathered]
 
     def load_state_dict(self, state: list) -> None:
@@ -60,9 +68,9 @@ class LossMeter:
         totals = torch.tensor(state, dtype=torch.float64)
         if totals.shape[1:] != self.totals.shape:  # logging.timestep_bins has changed
             return
-        if len(totals) == dist.get_world_size():
-            self.totals.copy_(totals[dist.get_rank()])
-        elif dist.get_rank() == 0:
+        if len(totals) == dist.get_world_size(self.group):
+            self.totals.copy_(totals[dist.get_rank(self.group)])
+        elif dist.get_rank(self.group) == 0:
             self.totals.copy_(totals.sum(0))
 
 

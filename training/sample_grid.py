@@ -13,11 +13,12 @@ from model.images import grid_scale, make_grid, to_uint8
 from model.sampling import image_seeds, initial_noise, sample_latents
 from training.config import SampleConfig
 from training.ema import ema_weights
+from training.ranks import Ranks
 
 
-def samples_per_rank(config: SampleConfig) -> int:
+def samples_per_rank(config: SampleConfig, ranks: Ranks) -> int:
     """Return how many images of a grid a rank draws: equal shares, so that every rank runs the same modules equally often."""
-    return -(-config.num_images // dist.get_world_size())
+    return -(-config.num_images // ranks.data_size)
 
 
 class SampleGrid:
@@ -29,6 +30,7 @@ class SampleGrid:
         contexts: of the prompts, for a frozen VLM; None for a trained one.
         prompt_inputs: the prompts' tokens, for a trained VLM.
         num_prompts: rows 0 .. num_prompts - 1 are prompts, which the images run through; the next one is the null prompt.
+        ranks: who draws which share; tensor-parallel ranks draw the same images together.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class SampleGrid:
         contexts: ContextSource | None,
         prompt_inputs: Mapping[str, Tensor] | None,
         num_prompts: int,
+        ranks: Ranks,
     ):
         self.config, self.codec = config, codec
         self.contexts, self.prompt_inputs, self.num_prompts = contexts, prompt_inputs, num_prompts
+        self.ranks = ranks
 
     def draw(self, engine) -> np.ndarray:
         """Draw from the averaged weights of a DeepSpeed engine, each rank its share. Collective.
@@ -49,8 +53,8 @@ class SampleGrid:
             One picture, bytes [height, width] or [height, width, 3].
         """
         model, config = engine.module, self.config
-        share = samples_per_rank(config)
-        first = dist.get_rank() * share
+        share = samples_per_rank(config, self.ranks)
+        first = self.ranks.data_rank * share
         rows = torch.cat([torch.arange(first, first + share) % self.num_prompts, torch.tensor([self.num_prompts])])
         latent_shape = (model.config.latent_channels, *model.config.latent_size)
         with ema_weights(engine), torch.no_grad():
@@ -69,8 +73,8 @@ class SampleGrid:
                 solver=config.solver,
             )
         images = self.codec.decode(latents).float().contiguous()
-        parts = [torch.empty_like(images) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, images)
+        parts = [torch.empty_like(images) for _ in range(self.ranks.data_size)]
+        dist.all_gather(parts, images, self.ranks.data_group)
         pixels = to_uint8(torch.cat(parts)[: config.num_images])
         columns = min(10 if self.num_prompts % 10 == 0 else 8, len(pixels))
         return make_grid(pixels, columns, scale=grid_scale(images.shape[-1]))

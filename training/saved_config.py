@@ -55,6 +55,7 @@ RESUMABLE_CHANGES = (
     "resume",
     "max_steps",
     "micro_batch_size",
+    "tensor_parallel",
     "data.num_workers",
     "data.allow_changed",
     "checkpoint",

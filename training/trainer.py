@@ -35,6 +35,7 @@ from training.errors import UserError
 from training.health import StepHealth
 from training.metrics import LossMeter, MetricsWriter, expert_gradient_norms
 from training.preemption import StopRequest
+from training.ranks import arrange_ranks
 from training.run_folder import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -67,7 +68,8 @@ class Trainer:
     def __init__(self, config: TrainingConfig):
         self.config = config
         self.output_dir = Path(config.output_dir)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.rank = dist.get_rank()
+        self.ranks = arrange_ranks(config.tensor_parallel, config.health.patience)
         self.device = torch.device(get_accelerator().current_device_name())
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
 
@@ -84,14 +86,15 @@ class Trainer:
         )
         experts = model_config.timestep_experts()
         self.layout = make_batch_layout(
-            config, num_groups=experts.num_groups, world_size=self.world_size, rank=self.rank
+            config, num_groups=experts.num_groups, world_size=self.ranks.data_size, rank=self.ranks.data_rank
         )
         deepspeed_config = load_deepspeed_config(config, self.layout)
 
         torch.manual_seed(config.seed)
         model = LatteFlowModel.from_vlm(vlm, model_config)
+        self.ranks.split_model(model)
         model.freeze_unreached_parameters()
-        mark_universal(model)
+        mark_universal(model, self.ranks.tensor_size)
         groups = parameter_groups(model, config.optimizer.weight_decay)
         self.group_labels = [group["name"] for group in groups]
         optimizer = AdamWWithEMA(
@@ -111,7 +114,8 @@ class Trainer:
             )
         null_row = len(images.prompts)
         if model_config.variant == "couple":
-            self.contexts, self.prompt_inputs = self._make_context_source(vlm, model_config.context_projection), None
+            reader = self.ranks.split_frozen(vlm)
+            self.contexts, self.prompt_inputs = self._make_context_source(reader, model_config.context_projection), None
         else:
             self.contexts = None
             tokens = tokenize_prompts(self.tokenizer, self.messages)
@@ -121,7 +125,9 @@ class Trainer:
             pipeline = LatteFlowPipeline(model, vlm, self.tokenizer, self.codec, pipeline_config)
             write_components(config, pipeline)
             model.train()
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config, mpu=self.ranks.mpu
+        )
         self.model: LatteFlowModel = self.engine.module
 
         self.samples = FlowMatchingSamples(
@@ -134,9 +140,10 @@ class Trainer:
             horizontal_flip=config.data.horizontal_flip,
             groups_per_sample=config.groups_per_sample,
         )
-        self.grid = SampleGrid(config.sample, self.codec, self.contexts, self.prompt_inputs, null_row)
-        self.meter = LossMeter(experts.num_groups, config.logging.timestep_bins, self.device)
-        self.health = StepHealth(config.health, config.global_batch_size)
+        self.grid = SampleGrid(config.sample, self.codec, self.contexts, self.prompt_inputs, null_row, self.ranks)
+        group = self.ranks.data_group
+        self.meter = LossMeter(experts.num_groups, config.logging.timestep_bins, self.device, group)
+        self.health = StepHealth(config.health, config.global_batch_size, group)
         self.timer = RankTimer(self.device)
         self.watchdog = Watchdog(config.health.hang_minutes * 60)
         settings = config.checkpoint
@@ -164,7 +171,7 @@ class Trainer:
                 num_prompts=encoder.num_prompts,
                 bytes_per_prompt=encoder.bytes_per_prompt(),
                 budget=config.vlm.context_cache_gib * 2**30,
-                batch_prompts=max(self.layout.micro_batch_size, samples_per_rank(config.sample) + 1),
+                batch_prompts=max(self.layout.micro_batch_size, samples_per_rank(config.sample, self.ranks) + 1),
             )
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -335,7 +342,7 @@ class Trainer:
         losses = self.meter.compute()
         health = self.health.report()
         with torch.no_grad():  # on every rank: under ZeRO-3 running a module gathers its weights, a collective
-            gates = self.model.gate_values(torch.linspace(1000, 0, 21, device=self.device))
+            gates = self.ranks.gather_heads(self.model.gate_values(torch.linspace(1000, 0, 21, device=self.device)))
         now = time.perf_counter()
         steps, seconds = self.step - self._logged_step, now - self._logged_time
         self._logged_step, self._logged_time = self.step, now
@@ -421,12 +428,14 @@ class Trainer:
     def _describe(self, images: ImageDataset) -> str:
         """Return in two lines what is trained, on what, and how the batch is spread."""
         model, layout, experts = self.model, self.layout, self.model.experts
-        trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+        trained = sum(self.ranks.whole_size(name, p) for name, p in model.named_parameters() if p.requires_grad)
+        tensor_size = self.ranks.tensor_size
+        whom = "ranks" if tensor_size == 1 else f"sets of {tensor_size} tensor-parallel ranks"
         return (
             f"{model.config.variant}: {trained / 1e6:.2f} M trained parameters, {experts.num_groups} groups of "
             f"{experts.group_size} layers, attention by {model.layers[0].spec.backend}\n"
             f"{images.name}: {len(images)} images, {len(images.prompts)} prompts; batch {layout.global_batch_size} = "
-            f"{layout.world_size} ranks x {layout.micro_batch_size} x {layout.accumulation_steps} accumulation steps"
+            f"{layout.world_size} {whom} x {layout.micro_batch_size} x {layout.accumulation_steps} accumulation steps"
         )
 
     def _say(self, message: str) -> None:

@@ -19,6 +19,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
+from model.partition import SPLIT_BY_COLUMNS, SPLIT_BY_ROWS
+
 
 def master_shards(zero) -> list[Tensor]:
     """Return this rank's flat float32 shards of the master weights: the tensors that the base optimizer updates."""
@@ -124,7 +126,16 @@ def layout(engine) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def mark_universal(model: torch.nn.Module) -> None:
-    """Have DeepSpeed note in checkpoints that its ds_to_universal may convert them: it asks for that with stages 1 and 2."""
+def mark_universal(model: torch.nn.Module, tensor_parallel: int = 1) -> None:
+    """Have DeepSpeed note in checkpoints that its ds_to_universal may convert them: it asks for that with stages 1 and 2.
+
+    Args:
+        model: with ``tensor_parallel``, a rank's part.
+        tensor_parallel: how many ranks share a network. What ds_to_universal is not told otherwise, it joins by rows.
+    """
     info = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+    if tensor_parallel > 1:
+        info[constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS] = [rf"(?:{SPLIT_BY_COLUMNS})$"]
+        # What all ranks hold is averaged: that is itself, or differs by rounding (model/partition.py).
+        info[constants.PARAMETER_TO_AVERAGE_PATTERNS] = [rf"(?!(?:{SPLIT_BY_ROWS}|{SPLIT_BY_COLUMNS})$)"]
     setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, info)

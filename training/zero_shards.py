@@ -1,11 +1,13 @@
 """What the shards of a ZeRO checkpoint hold, by the names of the parameters, for every stage and number of ranks.
 
 Stages 1 and 2 lay all parameters of an optimizer group end to end and cut the row into one part a rank; stage 3 cuts every
-parameter into equal parts, the last one padded, and each rank lays its parts end to end. The files are memory-mapped: reading a
-parameter reads its bytes and no others.
+parameter into equal parts, the last one padded, and each rank lays its parts end to end. With tensor parallelism each of the
+ranks that share a network has shards of its own part of it. The files are memory-mapped: reading a parameter reads its bytes and
+no others.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,12 @@ from deepspeed.checkpoint import constants
 from deepspeed.utils import zero_to_fp32
 from torch import Tensor
 
+from model.partition import join_parts, whole_shape
+
 OPTIMIZER_SUFFIX = "_optim_states.pt"
 MODEL_SUFFIX = "_model_states.pt"
+TENSOR_RANK = re.compile(r"mp_rank_(\d+)")
+"""The tensor-parallel rank in the name of a file."""
 STEP_KEY = "step"
 STATE_KEYS = {
     1: ("single_partition_of_fp32_groups", "base_optimizer_state"),
@@ -37,7 +43,7 @@ class Piece:
 
 
 class ZeroShards:
-    """The trained state in the files of one checkpoint. Open it inside checkpoint_io.safe_unpickling.
+    """The trained state in the files of one checkpoint, whole. Open it inside checkpoint_io.safe_unpickling.
 
     Args:
         folder: of one step.
@@ -45,52 +51,54 @@ class ZeroShards:
     Attributes:
         stage: of ZeRO, 1 to 3.
         world_size: how many ranks wrote it.
+        tensor_parallel: how many of them shared a network.
         shapes: name -> shape of the trained parameters.
         state_keys: what the optimizer keeps of each parameter: exp_avg, exp_avg_sq, ema; none before the first update.
         updates: optimizer updates done; steps that were skipped are none.
-        model_states: DeepSpeed's file of the first rank: counters, and what the trainer added.
+        model_states: DeepSpeed's file of the first rank: counters, and what the trainer added. Of its weights, that rank's part.
         param_groups: the optimizer's settings of each of its groups.
 
     Raises:
         FileNotFoundError: when the folder has no such files.
-        ValueError: when shards are missing, or of different steps.
+        ValueError: when shards are missing, or of different steps; of the methods, when tensor-parallel ranks disagree about what
+            all of them hold.
     """
 
     def __init__(self, folder: Path):
-        self._model_files = zero_to_fp32.get_model_state_files(str(folder))
-        shards = [_load(file)[constants.OPTIMIZER_STATE_DICT] for file in zero_to_fp32.get_optim_files(str(folder))]
-        self.model_states = _load(self._model_files[0])
-        self.world_size = len(shards)
-        self.stage = int(shards[0][constants.ZERO_STAGE])
-        masters, optimizer = STATE_KEYS[self.stage]
-        self._masters: list[list[Tensor]] = [list(shard[masters]) for shard in shards]
-        self._states: list[dict[int, dict[str, Tensor]]] = [shard[optimizer]["state"] for shard in shards]
-        self._paddings = shards[0].get(constants.PARAM_ALIGNMENT_PADDINGS)
-        first = next(iter(self._states[0].values()), {})
-        self.state_keys = tuple(key for key in first if key != STEP_KEY)
-        self.updates = int(first.get(STEP_KEY, 0))
-        self.param_groups: list[dict] = shards[0][optimizer]["param_groups"]
-        self._check_complete(folder)
-        self.shapes: dict[str, torch.Size] = {
-            name: torch.Size(shape) for group in self._param_shapes for name, shape in group.items()
-        }
-        self._pieces = dict(self._locate_by_rank() if self.stage == 3 else self._locate_by_group())
+        self._folder = folder
+        model_files = _by_tensor_rank(zero_to_fp32.get_model_state_files(str(folder)))
+        optimizer_files = _by_tensor_rank(zero_to_fp32.get_optim_files(str(folder)))
+        self.tensor_parallel = len(model_files)
+        if not set(model_files) == set(optimizer_files) == set(range(self.tensor_parallel)):
+            raise ValueError(
+                f"{folder}: holds weights of tensor-parallel ranks {sorted(model_files)} and shards of {sorted(optimizer_files)}"
+            )
+        self._parts = [_NetworkPart(model_files[rank], optimizer_files[rank]) for rank in range(self.tensor_parallel)]
+        first = self._parts[0]
+        self.stage, self.model_states, self.param_groups = first.stage, first.model_states, first.param_groups
+        self.state_keys, self.updates = first.state_keys, first.updates
+        self.world_size = sum(part.world_size for part in self._parts)
+        self.shapes = {name: whole_shape(name, shape, self.tensor_parallel) for name, shape in first.shapes.items()}
+        self._check_complete()
 
-    def _check_complete(self, folder: Path) -> None:
+    def _check_complete(self) -> None:
         """Refuse a part of a checkpoint, and one put together of several."""
-        written_by = self.model_states["dp_world_size"]
+        written_by = self.model_states["dp_world_size"] * self.model_states["mp_world_size"]
         if written_by != self.world_size:
-            raise ValueError(f"{folder}: holds the shards of {self.world_size} ranks, but {written_by} have written it")
-        updates = {int(state[STEP_KEY]) for states in self._states for state in states.values() if STEP_KEY in state}
+            raise ValueError(
+                f"{self._folder}: holds the shards of {self.world_size} ranks, but {written_by} have written it"
+            )
+        updates = {number for part in self._parts for number in part.all_updates}
         if len(updates) > 1:
-            raise ValueError(f"{folder}: its shards are of different updates: {sorted(updates)}")
+            raise ValueError(f"{self._folder}: its shards are of different updates: {sorted(updates)}")
 
     def read(self, name: str, key: str | None = None) -> Tensor:
         """Return a trained parameter's float32 master weight, or what the optimizer keeps of it under ``key``."""
-        sources = self._masters if key is None else [_flat_states(states, key) for states in self._states]
-        parts = [sources[p.rank][p.flat].flatten()[p.start : p.start + p.length] for p in self._pieces[name]]
-        shape = self.shapes[name]
-        return torch.cat(parts)[: shape.numel()].view(shape)
+        return self._join(name, self.read_parts(name, key))
+
+    def read_parts(self, name: str, key: str | None = None) -> list[Tensor]:
+        """Return what each tensor-parallel rank holds of what ``read`` returns: its part, or the whole."""
+        return [part.read(name, key) for part in self._parts]
 
     def read_all(self, key: str | None = None) -> dict[str, Tensor]:
         """Return name -> tensor of the whole model: trained parameters as ``read``, frozen ones, buffers, tied names."""
@@ -102,11 +110,63 @@ class ZeroShards:
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the model's buffers; those of floating point as float32."""
+        return self._join_all([part.buffers() for part in self._parts])
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Return the parameters that are not trained."""
+        return self._join_all([part.frozen() for part in self._parts])
+
+    def _join_all(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: self._join(name, [part[name] for part in parts]) for name in parts[0]}
+
+    def _join(self, name: str, parts: list[Tensor]) -> Tensor:
+        try:
+            return parts[0] if len(parts) == 1 else join_parts(name, parts)
+        except ValueError as error:
+            raise ValueError(f"{self._folder}: {error}") from error
+
+
+class _NetworkPart:
+    """What ``ZeroShards`` says of itself, for the part of the network that one tensor-parallel rank holds.
+
+    Args:
+        model_files: with the part's weights; under stage 3 one a data-parallel rank.
+        optimizer_files: its shards, one a data-parallel rank.
+    """
+
+    def __init__(self, model_files: list[str], optimizer_files: list[str]):
+        self._model_files = model_files
+        shards = [_load(file)[constants.OPTIMIZER_STATE_DICT] for file in optimizer_files]
+        self.model_states = _load(self._model_files[0])
+        self.world_size = len(shards)
+        self.stage = int(shards[0][constants.ZERO_STAGE])
+        masters, optimizer = STATE_KEYS[self.stage]
+        self._masters: list[list[Tensor]] = [list(shard[masters]) for shard in shards]
+        self._states: list[dict[int, dict[str, Tensor]]] = [shard[optimizer]["state"] for shard in shards]
+        self._paddings = shards[0].get(constants.PARAM_ALIGNMENT_PADDINGS)
+        self.all_updates = {
+            int(state[STEP_KEY]) for states in self._states for state in states.values() if STEP_KEY in state
+        }
+        first = next(iter(self._states[0].values()), {})
+        self.state_keys = tuple(key for key in first if key != STEP_KEY)
+        self.updates = int(first.get(STEP_KEY, 0))
+        self.param_groups: list[dict] = shards[0][optimizer]["param_groups"]
+        self.shapes: dict[str, torch.Size] = {
+            name: torch.Size(shape) for group in self._param_shapes for name, shape in group.items()
+        }
+        self._pieces = dict(self._locate_by_rank() if self.stage == 3 else self._locate_by_group())
+
+    def read(self, name: str, key: str | None = None) -> Tensor:
+        sources = self._masters if key is None else [_flat_states(states, key) for states in self._states]
+        parts = [sources[p.rank][p.flat].flatten()[p.start : p.start + p.length] for p in self._pieces[name]]
+        shape = self.shapes[name]
+        return torch.cat(parts)[: shape.numel()].view(shape)
+
+    def buffers(self) -> dict[str, Tensor]:
         module, names = self.model_states["module"], self.model_states[constants.BUFFER_NAMES]
         return {n: t.float() if t.is_floating_point() else t for n, t in module.items() if n in names}
 
     def frozen(self) -> dict[str, Tensor]:
-        """Return the parameters that are not trained."""
         if self.stage < 3:
             # DeepSpeed's list of frozen parameters is left out by stage 1; the module's weights are whole in stages 1 and 2.
             others = {*self.shapes, *self.model_states[constants.BUFFER_NAMES], *self.model_states["shared_params"]}
@@ -157,6 +217,13 @@ class ZeroShards:
                 ],
             )
             offset = end
+
+
+def _by_tensor_rank(files: list[str]) -> dict[int, list[str]]:
+    result: dict[int, list[str]] = {}
+    for file in files:
+        result.setdefault(int(TENSOR_RANK.search(Path(file).name)[1]), []).append(file)
+    return result
 
 
 def _load(file: str) -> dict:

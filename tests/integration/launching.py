@@ -109,7 +109,9 @@ def train(*arguments: str, ranks: int = 1, threads: int = 1, **options) -> Finis
 SERVER = multiprocessing.get_context("forkserver")
 """Starts processes that have imported the command lines already. Its server starts with the first of them, in the environment
 and the working directory of that moment (conftest.py)."""
-SERVER.set_forkserver_preload(["training.main", "tools.sample", "tools.encode_latents", "tools.benchmark"])
+SERVER.set_forkserver_preload(
+    ["training.main", "training.tensor_parallel", "tools.sample", "tools.encode_latents", "tools.benchmark"]
+)
 
 
 @dataclass

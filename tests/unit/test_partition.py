@@ -43,6 +43,13 @@ def test_ranks_that_disagree_about_what_they_share_are_an_error():
         join_parts("layers.0.input_layernorm.weight", [torch.zeros(2), torch.ones(2)])
 
 
+def test_ranks_that_disagree_by_rounding_are_joined_to_the_first():
+    one = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    assert join_parts("image_io.0.patch_embed.weight", [one, one.bfloat16().float(), one]) is one
+    with pytest.raises(ValueError, match=r"image_io\.0\.patch_embed\.weight: differs"):
+        join_parts("image_io.0.patch_embed.weight", [one, torch.full_like(one, torch.nan)])
+
+
 @pytest.mark.parametrize("size", [0, 3, 4])
 def test_a_number_that_does_not_divide_the_heads_is_refused(size):
     message = f"tensor_parallel: {size} does not divide num_attention_heads 4, num_key_value_heads 2, .*accepted: 1, 2"
