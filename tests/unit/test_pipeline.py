@@ -1,7 +1,10 @@
 """LatteFlowPipeline: questions are answered as transformers does it, and a folder holds all of it."""
 
+import copy
 import json
+from types import MappingProxyType
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,6 +15,7 @@ from model.configuration import LatteFlowConfig
 from model.latte_flow import LatteFlowModel
 from model.pipeline import LatteFlowPipeline, PipelineConfig
 from model.vlm import build_tiny_image_processor, build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
+from tests.tiny import randomise
 
 QUESTION = "What is in the picture?"
 
@@ -24,7 +28,7 @@ def pipeline(request):
     config = LatteFlowConfig(
         vlm_config=vlm.config, latent_channels=3, latent_size=(4, 4), variant=request.param, num_groups=2
     )
-    model = LatteFlowModel.from_vlm(vlm, config)
+    model = randomise(LatteFlowModel.from_vlm(vlm, config), std=0.05)  # a new one predicts zero
     codec = {"kind": "pixel", "image_channels": 3, "patch": 1}
     names = PipelineConfig(resolution=4, image_channels=3, prompt_template="{}", null_prompt="", codec=codec)
     vlm = model.vlm if request.param == "blend" else vlm
@@ -81,3 +85,75 @@ def test_a_picture_without_an_image_processor_is_an_error(pipeline, tmp_path):
     with pytest.raises(ValueError, match=r"image: .*preprocessor_config\.json"):
         loaded.ask(picture("red"), QUESTION)
     assert loaded.ask(None, QUESTION) == pipeline.ask(None, QUESTION)
+
+
+class TestCall:
+    """``pipeline(...)`` as diffusers' pipelines are called."""
+
+    STEPS = MappingProxyType({"num_inference_steps": 3, "guidance_scale": 2.0})
+
+    @pytest.fixture(autouse=True)
+    def quiet(self, pipeline):
+        pipeline.set_progress_bar_config(disable=True)
+
+    def test_the_kinds_of_output_are_one_picture(self, pipeline):
+        latents = pipeline("a red square", seed=4, output_type="latent", **self.STEPS).images
+        assert latents.shape == (1, 3, 4, 4)
+        pixels = pipeline("a red square", seed=4, output_type="pt", **self.STEPS).images
+        torch.testing.assert_close(pixels, (pipeline.codec.decode(latents) / 2 + 0.5).clamp(0, 1))
+        array = pipeline("a red square", seed=4, output_type="np", **self.STEPS).images
+        assert torch.equal(torch.from_numpy(array), pixels.permute(0, 2, 3, 1))
+        (image,) = pipeline("a red square", seed=4, **self.STEPS).images
+        assert isinstance(image, Image.Image)
+        assert image.size == (4, 4)
+        assert (np.asarray(image) == (array[0] * 255).round()).all()
+
+    def test_a_seed_draws_what_the_tools_draw(self, pipeline):
+        images = pipeline(["a red square", ""], seed=11, num_images_per_prompt=2, output_type="np", **self.STEPS).images
+        prompts = ["a red square", "a red square", "", ""]
+        drawn = pipeline.generate(prompts, seed=11, num_steps=3, cfg_scale=2.0)
+        assert abs(images * 255 - drawn).max() <= 0.5 + 1e-4
+
+    def test_generators_and_latents_give_the_noise(self, pipeline):
+        def draw(**noise):
+            return pipeline(["a red square"] * 2, output_type="latent", **noise, **self.STEPS).images
+
+        one = draw(generator=torch.Generator().manual_seed(3))
+        assert torch.equal(one, draw(generator=torch.Generator().manual_seed(3)))
+        noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+        assert torch.equal(one, draw(latents=noise))
+        each = draw(generator=[torch.Generator().manual_seed(s) for s in (8, 9)])
+        swapped = draw(generator=[torch.Generator().manual_seed(s) for s in (9, 8)])
+        torch.testing.assert_close(each, swapped.flip(0))
+        assert not torch.equal(each, one)
+        torch.manual_seed(1)
+        first, second = draw(), draw()
+        assert not torch.equal(first, second)
+        torch.manual_seed(1)
+        assert torch.equal(first, draw())
+
+    def test_a_tuple_a_progress_bar_and_a_type(self, pipeline, capsys):
+        (images,) = pipeline("", seed=0, return_dict=False, output_type="latent", **self.STEPS)
+        pipeline = copy.deepcopy(pipeline)  # the type is changed
+        pipeline.set_progress_bar_config(desc="drawing")
+        bf16 = pipeline.to(torch.bfloat16)("", seed=0, output_type="latent", **self.STEPS).images
+        assert pipeline.dtype == torch.bfloat16
+        assert pipeline.to("cpu", torch.float32) is pipeline
+        assert pipeline.device.type == "cpu"
+        assert "drawing" in capsys.readouterr().err
+        assert 0 < (bf16 - images).abs().max() < 0.5
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"output_type": "jpeg"}, "output_type: 'jpeg' is unknown; accepted: pil, np, pt, latent"),
+            ({"seed": 1, "generator": torch.Generator()}, "generator, seed: got 2 of them; accepted: one"),
+            ({"latents": torch.zeros(1, 3, 2, 2)}, r"latents: got \[1, 3, 2, 2\]; accepted: \[1, 3, 4, 4\]"),
+            ({"num_images_per_prompt": 0}, "num_images_per_prompt: nothing to draw"),
+            ({"seed": -1}, "seed: got -1; accepted: 0 to"),
+            ({"solver": "rk4"}, "solver: 'rk4' is unknown; accepted values: euler, heun"),
+        ],
+    )
+    def test_wrong_arguments_are_named(self, pipeline, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            pipeline("a red square", **arguments)

@@ -112,6 +112,18 @@ def test_what_is_written_is_read_and_recognised(weights, tmp_path, name):
     assert_same(source, weights)
 
 
+@pytest.mark.parametrize("first", WRITERS)
+def test_every_pair_of_formats(model, weights, tmp_path, first):
+    """From one format to every other, its own too."""
+    (tmp_path / first).mkdir()
+    WRITERS[first](tmp_path / first, InMemory(weights))
+    for second in WRITERS:
+        folder = tmp_path / f"{first}_to_{second}"
+        folder.mkdir()
+        WRITERS[second](folder, MatchedSource(open_weights(tmp_path / first), model, "model"))
+        assert_same(open_weights(folder), weights)
+
+
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     variant=st.sampled_from(["couple", "blend"]),
@@ -382,7 +394,7 @@ class TestRefused:
             open_weights(folder)
 
     def test_a_number_of_ranks_that_does_not_divide_a_tensor(self, weights, tmp_path):
-        with pytest.raises(ValueError, match="tensor_parallel: 3 does not divide dimension 0 of .*q_proj"):
+        with pytest.raises(ValueError, match=r"tensor_parallel: 3 does not divide dimension 0 of .*q_proj"):
             write_megatron_ranks(tmp_path, InMemory(weights), tensor_parallel=3)
 
     def test_unknown_missing_and_misshapen_weights_are_named(self, model, weights):

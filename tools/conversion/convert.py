@@ -217,7 +217,8 @@ def _verify(folder: Path, source: MatchedSource, config: LatteFlowConfig, to: st
         vlm, _ = load_vlm(folder, dtype=None)
         names = [name for name in source.tensors if name.startswith(PREFIX)]
         own = vlm.state_dict()
-        pairs = ((name, own[name.removeprefix(PREFIX)], source.read(name)) for name in names)
+        # The VLM has one type; frozen weights may have had a smaller one.
+        pairs = ((name, own[name.removeprefix(PREFIX)], source.read(name).to(vlm.dtype)) for name in names)
     else:
         written = open_weights(folder)
         kinds = source.kinds if source.training_state else (None,)
