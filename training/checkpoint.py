@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from model.weights.recognise import open_weights
+from model.weights.source import EXPORT_FILE
 from training.checkpoint_io import DeferringCheckpointEngine, TolerantCheckpointEngine, safe_unpickling
 from training.checkpoint_manifest import (
     MANIFEST,
@@ -34,6 +36,7 @@ from training.durable import sync_folder, write_durably, write_synced
 from training.elastic import load_resharded
 from training.errors import UserError
 from training.zero import layout, master_shards
+from training.zero_source import ZeroSource
 
 LATEST = "latest"
 
@@ -226,12 +229,14 @@ class CheckpointStore:
 
         Args:
             engine: a DeepSpeed engine that has not trained yet.
-            path: a step's folder, verified.
+            path: a step's folder or a universal checkpoint, verified.
             same_run: False keeps the optimizer's settings as this run's configuration has them, for another run's checkpoint.
 
         Raises:
             UserError: when it cannot be read, or is of another network.
         """
+        if (path / EXPORT_FILE).is_file():
+            return load_resharded(engine, open_weights(path))
         manifest = read_manifest(path)
         fits = manifest.get("layout") == layout(engine)
         if not fits and _is_first_rank():
@@ -244,7 +249,7 @@ class CheckpointStore:
             )
         with safe_unpickling(path):
             if not (fits and same_run):
-                return load_resharded(engine, path)
+                return load_resharded(engine, ZeroSource(path))
             loaded, client_state = engine.load_checkpoint(
                 str(path.parent), tag=path.name, load_lr_scheduler_states=False
             )

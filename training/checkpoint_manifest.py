@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from model.weights.source import read_export_record
 from training.errors import UserError
 from training.zero_shards import MODEL_SUFFIX, OPTIMIZER_SUFFIX
 
@@ -62,8 +63,9 @@ def check_files(
         contents: whether to read the files, too.
     """
     try:
-        files = read_manifest(path)["files"]
-    except UserError as error:
+        record = read_export_record(path)  # of a universal checkpoint that another run starts from
+        files = (record or read_manifest(path))["files"]
+    except ValueError as error:
         yield MANIFEST, str(error)
         return
     for name in share(sorted(files)):

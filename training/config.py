@@ -224,6 +224,8 @@ class TrainingConfig:
         deepspeed: DeepSpeed's JSON configuration; its "auto" fields are filled from here.
         resume: auto, go on from the newest valid checkpoint of output_dir; never, refuse an output_dir that has checkpoints; or a
             checkpoint of another run, which a new output_dir starts from.
+        init_from: weights of any format (docs/checkpoints.md), of the same network, that a new run starts from at step 0; of a
+            checkpoint its averaged ones. Null: the VLM's weights and random ones.
         seed: of everything random; each draw depends on the seed and the sample's global index alone.
         max_steps: optimizer steps of the whole run.
         global_batch_size: samples per optimizer step over all ranks.
@@ -239,6 +241,7 @@ class TrainingConfig:
     output_dir: str = "runs/latte_flow"
     deepspeed: str = "ds_configs/zero2.json"
     resume: str = "auto"
+    init_from: str | None = None
     seed: int = 0
     max_steps: int = 240_000
     global_batch_size: int = 2048
@@ -326,7 +329,12 @@ class TrainingConfig:
                 raise UserError(f"{name}: got {value}; accepted: 0 to 2^{bits} - 1")
         if not math.isfinite(self.sample.cfg_scale):
             raise UserError(f"sample.cfg_scale: got {self.sample.cfg_scale}; accepted: a finite number")
-        paths = {"output_dir": self.output_dir, "deepspeed": self.deepspeed, "resume": self.resume}
+        paths = {
+            "output_dir": self.output_dir,
+            "deepspeed": self.deepspeed,
+            "resume": self.resume,
+            "init_from": self.init_from,
+        }
         paths |= {"data.path": self.data.path, "data.class_names": self.data.class_names}
         paths |= {"vlm.path": self.vlm.path, "codec.path": self.codec.path}
         for name, value in paths.items():

@@ -5,28 +5,24 @@ weight, moments, moving average) and each rank takes its part of it, so any numb
 Nothing random is kept in checkpoints (training/data/loader.py), so samples and noise are those of the run before.
 """
 
-from pathlib import Path
-
 import deepspeed
 import torch
 import torch.distributed as dist
 
 from model.partition import take_part, whole_shape
+from model.weights.source import MODEL, WeightSource
 from training.errors import UserError
 from training.zero import holds_part, prepare_optimizer_state, refresh_model_weights, write_state
-from training.zero_shards import ZeroShards
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
-def load_resharded(engine, folder: Path) -> dict:
+def load_resharded(engine, source: WeightSource) -> dict:
     """Load weights, optimizer state, moving average and counters into an engine that has not trained yet. Collective.
-
-    Call it inside checkpoint_io.safe_unpickling.
 
     Args:
         engine: a DeepSpeed engine with ZeRO over an AdamWWithEMA.
-        folder: a step's checkpoint.
+        source: a checkpoint of a format that holds the optimizer's state.
 
     Returns:
         What ``CheckpointStore.save`` was given as the client state, among entries of DeepSpeed.
@@ -34,32 +30,31 @@ def load_resharded(engine, folder: Path) -> dict:
     Raises:
         UserError: when the checkpoint is of another network.
     """
-    shards = ZeroShards(folder)
-    frozen = shards.frozen()
+    state = source.training_state
+    infos = source.tensors
+    untrained = {name: source.read(name) for name in infos if name not in state.shapes}
     # This rank's part of what is split; without tensor parallelism it is the whole.
     rank, size = (0, 1) if engine.mpu is None else (engine.mpu.get_model_parallel_rank(), engine.mp_world_size)
-    _check_shapes(folder, shards, {name: tensor.shape for name, tensor in frozen.items()}, engine.module, size)
+    _check_shapes(source, engine.module, size)
     trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
-    prepare_optimizer_state(engine.optimizer, shards.state_keys, shards.updates)
+    prepare_optimizer_state(engine.optimizer, state.state_keys, state.updates)
     for name, parameter in trained.items():
-        for key in (None, *shards.state_keys) if holds_part(parameter) else ():
-            write_state(parameter, take_part(name, shards.read(name, key), rank, size), key)
+        for key in (None, *state.state_keys) if holds_part(parameter) else ():
+            write_state(parameter, take_part(name, source.read(name, key or MODEL), rank, size), key)
     refresh_model_weights(engine.optimizer)
-    untrained = {name: take_part(name, tensor, rank, size) for name, tensor in (frozen | shards.buffers()).items()}
-    _load_untrained(engine.module, untrained)
+    _load_untrained(engine.module, {name: take_part(name, t, rank, size) for name, t in untrained.items()})
     for counter in COUNTERS:
-        setattr(engine, counter, shards.model_states[counter])
-    return shards.model_states
+        setattr(engine, counter, state.model_states[counter])
+    return state.model_states
 
 
-def _check_shapes(
-    folder: Path, shards: ZeroShards, frozen: dict[str, torch.Size], model: torch.nn.Module, tensor_parallel: int
-) -> None:
+def _check_shapes(source: WeightSource, model: torch.nn.Module, tensor_parallel: int) -> None:
     def describe(shape: torch.Size, trained: bool) -> str:
         return f"{list(shape)} {'trained' if trained else 'frozen'}"
 
-    there = {name: describe(shape, True) for name, shape in shards.shapes.items()}
-    there |= {name: describe(shape, False) for name, shape in frozen.items()}
+    buffers = {name for name, _ in model.named_buffers()}
+    trained = source.training_state.shapes
+    there = {n: describe(info.shape, n in trained) for n, info in source.tensors.items() if n not in buffers}
     here = {
         name: describe(whole_shape(name, getattr(p, "ds_shape", p.shape), tensor_parallel), p.requires_grad)
         for name, p in model.named_parameters()
@@ -71,7 +66,7 @@ def _check_shapes(
     ]
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{folder}: holds the weights of another network ({'; '.join(wrong[:3])}{more})")
+        raise UserError(f"{source.path}: holds the weights of another network ({'; '.join(wrong[:3])}{more})")
 
 
 @torch.no_grad()

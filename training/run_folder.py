@@ -5,6 +5,8 @@ from pathlib import Path
 
 from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from model.vlm import build_tiny_image_processor, load_image_processor
+from model.weights.source import read_export_record
+from model.weights.universal import UniversalSource
 from training.checkpoint_manifest import MANIFEST, STEP_FOLDER, list_checkpoints
 from training.config import TrainingConfig
 from training.durable import PARTIAL
@@ -49,9 +51,16 @@ def check_output_dir(config: TrainingConfig) -> None:
 
 @dataclass(frozen=True)
 class Origin:
-    """The other run that a new one starts from: its output_dir, and the checkpoints that ``resume`` names, oldest first."""
+    """What a new run starts from: another run, or a universal checkpoint that was converted from one.
 
-    run: Path
+    Attributes:
+        config_file: the other run's configuration.
+        components: its model folder.
+        checkpoints: that ``resume`` names, oldest first.
+    """
+
+    config_file: Path
+    components: Path
     checkpoints: list[Path]
 
 
@@ -89,20 +98,43 @@ def find_origin(config: TrainingConfig) -> Origin | None:
         return None
     if own:  # the named one may have been removed since
         return None
+    origin = _find_export(path) or _find_run(path)
+    if not origin.config_file.is_file():
+        raise UserError(
+            f"resume: {origin.config_file} not found; accepted: a checkpoint in the output_dir that it was written to, or one "
+            "converted from there"
+        )
+    changes = [line for line in differences(load_config(origin.config_file), config) if line.startswith(NETWORK_FIELDS)]
+    if changes:
+        raise UserError(f"resume: {path} is of another network ({'; '.join(changes)}); accepted: the same values")
+    return origin
+
+
+def _find_run(path: Path) -> Origin:
     checkpoints = named_checkpoints(path)
     if not checkpoints:
         raise UserError(
-            f"resume: {path} holds no checkpoint; accepted: auto, never, a training output_dir, or one step's folder of it"
+            f"resume: {path} holds no checkpoint; accepted: auto, never, a training output_dir, one step's folder of it, or a "
+            "deepspeed-universal checkpoint of tools/convert_checkpoint.py"
         )
     run = checkpoints[0].resolve().parent.parent
-    if not (run / CONFIG_FILE).is_file():
+    return Origin(run / CONFIG_FILE, run / MODEL_FOLDER, checkpoints)
+
+
+def _find_export(path: Path) -> Origin | None:
+    """Return an exported folder as an origin; None when the path is none."""
+    try:
+        record = read_export_record(path)
+    except ValueError as error:
+        raise UserError(f"resume: {error}") from error
+    if record is None:
+        return None
+    if record["format"] != UniversalSource.format or record["weights"] is not None:
         raise UserError(
-            f"resume: {run / CONFIG_FILE} not found; accepted: a checkpoint in the output_dir that it was written to"
+            f"resume: {path} holds weights as {record['format']}, and no optimizer state; accepted: --init_from {path}, which "
+            f"takes the weights, or --resume with a {UniversalSource.format} checkpoint that was converted without --weights"
         )
-    changes = [line for line in differences(load_config(run / CONFIG_FILE), config) if line.startswith(NETWORK_FIELDS)]
-    if changes:
-        raise UserError(f"resume: {path} is of another network ({'; '.join(changes)}); accepted: the same values")
-    return Origin(run, checkpoints)
+    return Origin(path / CONFIG_FILE, path, [path])
 
 
 def write_components(config: TrainingConfig, pipeline: LatteFlowPipeline) -> None:

@@ -48,6 +48,7 @@ from training.run_folder import (
 from training.sample_grid import SampleGrid, samples_per_rank
 from training.saved_config import differences, load_config, save_config, to_yaml
 from training.stragglers import RankTimer
+from training.trained_weights import find_initial_weights, load_initial_weights
 from training.watchdog import PHASES, Watchdog
 from training.zero import mark_universal
 
@@ -74,15 +75,16 @@ class Trainer:
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
 
         check_output_dir(config)
-        self.origin = find_origin(config)
+        self.origin, initial = find_origin(config), find_initial_weights(config)
         dist.barrier()  # the stop request removes a file that others look at
         self.stop = StopRequest(self.output_dir, self.device)
         images = load_image_dataset(config.data)
         data_record = DataRecord(images, self.output_dir / DATA_FILE, allow_changed=config.data.allow_changed)
         data_record.verify()
+        start = self.origin or initial
         is_new = not (self.output_dir / MODEL_FOLDER / PIPELINE_FILE).is_file()
         vlm, self.tokenizer, codec, model_config, pipeline_config = build_components(
-            config, images, (self.origin.run if self.origin and is_new else self.output_dir) / MODEL_FOLDER
+            config, images, start.components if start and is_new else self.output_dir / MODEL_FOLDER
         )
         experts = model_config.timestep_experts()
         self.layout = make_batch_layout(
@@ -92,6 +94,8 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         model = LatteFlowModel.from_vlm(vlm, model_config)
+        if initial is not None:
+            self._say(load_initial_weights(model, initial))
         self.ranks.split_model(model)
         model.freeze_unreached_parameters()
         mark_universal(model, self.ranks.tensor_size)
@@ -421,7 +425,7 @@ class Trainer:
         if self.origin is None:
             return 0
         path = newest_valid(self.origin.checkpoints)
-        changes = differences(load_config(self.origin.run / CONFIG_FILE), self.config)
+        changes = differences(load_config(self.origin.config_file), self.config)
         self._say(f"a new run from {path}" + "".join(f"; {change}" for change in changes))
         return self.checkpoints.load(self.engine, path, same_run=False)["step"]
 

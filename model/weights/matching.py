@@ -35,9 +35,7 @@ def match_weights(model: nn.Module, tensors: Mapping[str, TensorInfo | Tensor]) 
     for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong)):
         if names:
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise ValueError(
-                f"weights: {len(names)} {what}: {shown}; they are not of the model that config.json describes"
-            )
+            raise ValueError(f"weights: {len(names)} {what}: {shown}; they are not of this network")
     return {names[0]: [name for name in names if name in tensors] for names in names_of.values()}
 
 

@@ -102,10 +102,14 @@ def read_export_record(folder: Path) -> dict | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in record["files"].items()}
-        fits = (isinstance(record["format"], str) and record["weights"] is None) or isinstance(record["weights"], str)
-        if not fits or not isinstance(record["step"], int | None) or not all(files):
-            raise ValueError("it is not what an export writes")
+        for name, entry in record["files"].items():
+            if type(entry["bytes"]) is not int or type(entry["sha256"]) is not str:
+                raise ValueError(f"files: {name}")
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"files: {name} is not in its folder")
+        for key, kind in {"format": str, "weights": str | None, "step": int | None}.items():
+            if not isinstance(record[key], kind):
+                raise ValueError(f"{key}: {record[key]!r}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
     return record

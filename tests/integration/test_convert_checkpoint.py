@@ -1,6 +1,8 @@
 """tools/convert_checkpoint.py on checkpoints of real runs: every format, bit for bit; what is refused leaves nothing."""
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,7 @@ RUNS = {
     "couple_zero3_4": {"ranks": 4, "zero": "zero3", "max_steps": 1},
     "blend_zero2_2": {"ranks": 2, "zero": "zero2", "model__variant": "blend", "precision": "bf16"},
     "blend_zero3_2": {"ranks": 2, "zero": "zero3", "model__variant": "blend"},
+    "blend_tensor_2": {"ranks": 2, "zero": "zero1", "model__variant": "blend", "tensor_parallel": 2},
 }
 WEIGHT_FORMATS = tuple(name for name in FORMATS if name != "qwen2-vl")
 OPTIONS = {"megatron-tp": {"tensor_parallel": 2}, "safetensors-sharded": {"max_shard_size": "150KB"}}
@@ -212,6 +215,42 @@ def test_deepspeeds_own_engine_loads_our_universal_checkpoint(runs, tmp_path, na
             assert torch.equal(tensor, original.read(parameter, kind)), (parameter, kind)
     assert state["steps"] == STEP
     assert state["meter"] == original.training_state.model_states["meter"]
+
+
+def documented_commands() -> list[str]:
+    lines = (ROOT / "docs" / "checkpoints.md").read_text().splitlines()
+    lines = [line.strip() for line in lines if line.startswith("    python tools/convert_checkpoint.py")]
+    return [re.split(r"  +", line)[0] for line in lines]
+
+
+def test_the_documented_commands(runs, tmp_path, monkeypatch):
+    """Every format is written by one of them; runs/X is a run, out/ a new folder."""
+    commands = documented_commands()
+    assert len(commands) == 10
+    for command in commands:
+        text = command.replace("runs/X", str(runs["couple_zero1_1"].output_dir)).replace("out/", f"{tmp_path}/out/")
+        monkeypatch.setattr(sys, "argv", shlex.split(text)[1:])
+        convert_checkpoint.main()
+    written = {
+        path.name: json.loads((path / "export.json").read_text())["format"] for path in (tmp_path / "out").iterdir()
+    }
+    assert set(written.values()) == set(FORMATS)
+    assert {open_weights(tmp_path / "out" / name).format for name in written if name != "qwen"} == set(WEIGHT_FORMATS)
+
+
+def test_the_command_line_ends_with_one_line_for_what_is_wrong(runs, tmp_path):
+    command = [
+        sys.executable,
+        "tools/convert_checkpoint.py",
+        str(tmp_path / "nothing"),
+        str(tmp_path / "out"),
+        "--to",
+        "pt",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert re.search(r"^error: .*nothing: not found; accepted: a training output_dir", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr
 
 
 def test_types_and_the_step_are_chosen(runs, command, tmp_path):

@@ -6,22 +6,20 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from model.configuration import LatteFlowConfig
 from model.latte_flow import LatteFlowModel
 from tests.integration.test_training import assert_losses_and_norms_agree, assert_same_batches, recorded
-from training.checkpoint_io import safe_unpickling
 from training.trained_weights import read_weights
-from training.zero_shards import ZeroShards
+from training.zero_source import ZeroSource
 
 
-def assert_state_is_that_of(checkpoint, run) -> None:
-    """What a resumed run holds (asked of DeepSpeed) is what the checkpoint's shards hold (read by us), to the bit."""
+def assert_state_is(run, source) -> None:
+    """What a resumed run holds (asked of DeepSpeed) is what a checkpoint holds (read by us), to the bit."""
     state = torch.load(run.hook_dir / "state.pt", weights_only=False)
-    with safe_unpickling(checkpoint):
-        shards = ZeroShards(checkpoint)
-        assert state["held"].keys() == shards.shapes.keys()
-        for name, held in state["held"].items():
-            for key, value in held.items():
-                assert torch.equal(value, shards.read(name, key)), (name, key)
-        assert state["updates"] == {shards.updates}
-        assert state["counters"] == {name: shards.model_states[name] for name in state["counters"]}
+    expected = source.training_state
+    assert state["held"].keys() == expected.shapes.keys()
+    for name, held in state["held"].items():
+        for key, value in held.items():
+            assert torch.equal(value, source.read(name, key)), (name, key)
+    assert state["updates"] == {expected.updates}
+    assert state["counters"] == {name: expected.model_states[name] for name in state["counters"]}
 
 
 def assert_weights_are_deepspeeds(checkpoint) -> None:
@@ -52,7 +50,7 @@ def test_ranks_and_stage_may_change_at_every_restart(command, one_rank, tmp_path
         )  # fmt: skip
         if before is not None:
             assert f"resumed from {before}" in run.finished.output
-            assert_state_is_that_of(before, run)
+            assert_state_is(run, ZeroSource(before))
         before = run.checkpoint(until)
         assert_weights_are_deepspeeds(before)
         batches |= recorded(run)
@@ -75,7 +73,7 @@ def test_ranks_that_do_not_divide_the_weights(command, tmp_path):
             hooks=() if before is None else ("dump_state",),
         )  # fmt: skip
         if before is not None:
-            assert_state_is_that_of(before, run)
+            assert_state_is(run, ZeroSource(before))
         before = run.checkpoint(until)
         assert_weights_are_deepspeeds(before)
 

@@ -37,13 +37,14 @@ def other(tmp_path):
 )
 def test_a_new_run_starts_from_the_named_one(tmp_path, other, which, steps):
     found = start(tmp_path / "run", other / which)
-    assert found == Origin(other, [other / "checkpoints" / f"step_{step:07d}" for step in steps])
+    checkpoints = [other / "checkpoints" / f"step_{step:07d}" for step in steps]
+    assert found == Origin(other / "config.yaml", other / "model", checkpoints)
 
 
 def test_the_named_one_is_left_as_soon_as_there_are_own_checkpoints(tmp_path, other):
     """A job that is requeued starts with the same command, and the named checkpoint may be gone by then."""
     run = make_run(tmp_path / "run")
-    assert start(run, other).run == other
+    assert start(run, other).config_file.parent == other
     later = make_run(tmp_path / "later", 9)
     assert start(later, other) is None
     assert start(later, other / "checkpoints" / "step_0000001") is None
@@ -88,7 +89,7 @@ def test_a_runs_own_newest_is_no_other_run_and_an_older_one_is_refused(other):
 )
 def test_a_run_may_start_from_one_that_differs_in_all_but_the_network(tmp_path, other, changed, accepted):
     if accepted:
-        assert start(tmp_path / "run", other, *changed).run == other
+        assert start(tmp_path / "run", other, *changed).config_file.parent == other
         return
     with pytest.raises(
         UserError, match=rf"resume: .* is of another network \({changed[0].removeprefix('--')}: the run has"
