@@ -1,11 +1,13 @@
 """tools/sample.py: what it writes, and that an image depends on its seed and its number alone."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.integration.launching import ROOT
 from training.trained_weights import load_pipeline
 
 
@@ -101,3 +103,18 @@ def test_a_run_copied_elsewhere_can_be_sampled(command, one_rank, one_of_each, t
     for name in ("model", "checkpoints"):
         (moved / name).symlink_to(one_rank.output_dir / name)
     assert same(images(command.sample(moved)), images(one_of_each))
+
+
+def test_the_quickstarts_python(one_rank, tmp_path, monkeypatch):
+    """docs/quickstart.md's lines as they stand there; ``ask`` is answered for a picture that the pipeline has drawn."""
+    text = (ROOT / "docs" / "quickstart.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "digits").symlink_to(one_rank.output_dir)
+    names: dict = {}
+    exec(code, names)
+    drawn = load_pipeline(one_rank.output_dir).generate([3, 1, 4], seed=0, num_steps=20, cfg_scale=2.0)
+    for ours, expected in zip(names["images"], drawn, strict=True):
+        assert np.abs(np.asarray(ours).astype(int) - expected).max() <= 1
+    assert isinstance(names["answer"], str)
