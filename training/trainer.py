@@ -33,6 +33,7 @@ from training.deepspeed_config import load_deepspeed_config, make_batch_layout
 from training.ema import AdamWWithEMA
 from training.errors import UserError
 from training.health import StepHealth
+from training.initial_weights import find_initial_weights, load_initial_weights
 from training.metrics import LossMeter, MetricsWriter, expert_gradient_norms
 from training.preemption import StopRequest
 from training.ranks import arrange_ranks
@@ -48,7 +49,6 @@ from training.run_folder import (
 from training.sample_grid import SampleGrid, samples_per_rank
 from training.saved_config import differences, load_config, save_config, to_yaml
 from training.stragglers import RankTimer
-from training.trained_weights import find_initial_weights, load_initial_weights
 from training.watchdog import PHASES, Watchdog
 from training.zero import mark_universal
 

@@ -21,7 +21,8 @@ from tools import convert_checkpoint
 from tools.conversion.convert import FORMATS, convert
 from tools.conversion.inspection import inspect
 from training.errors import UserError
-from training.trained_weights import load_pipeline, open_checkpoint, read_weights
+from training.open_checkpoint import open_checkpoint
+from training.trained_weights import load_pipeline, read_weights
 
 STEP = 2
 RUNS = {
@@ -127,6 +128,12 @@ def test_models_and_pipelines_load_every_exported_folder(runs, tmp_path, name):
             assert torch.equal(model.state_dict()[key], tensor), (to, key)
         assert (LatteFlowPipeline.from_pretrained(folder).generate(prompts, **options) == expected).all(), to
         assert (load_pipeline(folder).generate(prompts, **options) == expected).all(), to
+    trained = (
+        load_pipeline(path, weights="model") for path in (runs[name].output_dir, tmp_path / "deepspeed-universal")
+    )
+    first, second = (pipeline.model.state_dict() for pipeline in trained)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not all(torch.equal(first[key], tensor) for key, tensor in from_shards.model.state_dict().items())
 
 
 STOCK = """

@@ -23,7 +23,7 @@ from tools.conversion.qwen2_vl import PREFIX, write_qwen2_vl
 from training.checkpoint_manifest import describe_file
 from training.durable import sync_folder, write_synced
 from training.errors import UserError
-from training.trained_weights import OpenedCheckpoint, open_checkpoint
+from training.open_checkpoint import OpenedCheckpoint, open_checkpoint
 
 FORMATS = (
     "safetensors",

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from model.weights.source import EMA, MODEL
-from training.trained_weights import open_checkpoint
+from training.open_checkpoint import open_checkpoint
 
 
 def inspect(path: str, *, step: int | None = None, model_folder: str | None = None, tensors: bool = False) -> dict:

@@ -1,0 +1,84 @@
+"""A checkpoint of any format, and where what belongs to it lies: its network's configuration, tokenizer, and the run's fields."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.weights.recognise import open_weights
+from model.weights.source import WeightSource
+from training.checkpoint_manifest import MANIFEST, STEP_FOLDER, step_name
+from training.errors import UserError
+from training.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, MODEL_FOLDER
+from training.trained_weights import find_checkpoint
+from training.zero_source import SHARDS, ZeroSource
+
+LATEST = "latest"
+"""DeepSpeed's file that names the newest tag, in folders that were not written by this framework."""
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """Weights of any format, and where what belongs to them lies.
+
+    Attributes:
+        source: the weights.
+        components: the model folder with config.json and, mostly, pipeline.json and the tokenizer; None where there is none.
+        config_file: the training configuration, where there is one.
+    """
+
+    source: WeightSource
+    components: Path | None
+    config_file: Path | None
+
+
+def open_checkpoint(path: Path, *, step: int | None = None, model_folder: Path | None = None) -> OpenedCheckpoint:
+    """Open what a path holds, whichever format it has.
+
+    Args:
+        path: a training output_dir, one step's folder of it, a folder of DeepSpeed, or anything that ``open_weights`` takes.
+        step: of a training output_dir, another one than the newest.
+        model_folder: where config.json is, when not beside the weights.
+
+    Raises:
+        UserError: when it is damaged or of no known format, or ``model_folder`` holds no config.json.
+    """
+    try:
+        if (path / CHECKPOINTS_FOLDER).is_dir() or STEP_FOLDER.fullmatch(path.name) or (path / MANIFEST).is_file():
+            if step is not None:
+                path = path / CHECKPOINTS_FOLDER / step_name(step)
+                if not path.is_dir():
+                    raise UserError(f"step: {path} not found; accepted: a step that was saved")
+            checkpoint = find_checkpoint(path)
+            run = checkpoint.resolve().parent.parent
+            source: WeightSource = ZeroSource(checkpoint)
+            candidates, config_file = [run / MODEL_FOLDER], run / CONFIG_FILE
+        else:
+            if step is not None:
+                raise UserError(f"step: {path} is no training output_dir; accepted: one with {CHECKPOINTS_FOLDER}/")
+            folder = path if path.is_dir() else path.parent
+            source = ZeroSource(deepspeed) if (deepspeed := _deepspeed_folder(path)) else open_weights(path)
+            above = [folder.parent, folder.parent.parent]
+            candidates = [folder, folder / MODEL_FOLDER, *above, *(parent / MODEL_FOLDER for parent in above)]
+            config_file = folder / CONFIG_FILE
+        if model_folder is not None:
+            candidates = [model_folder]
+        components = next((c for c in candidates if (c / "config.json").is_file()), None)
+        if components is None and model_folder is not None:
+            raise UserError(f"model_folder: {model_folder} has no config.json; accepted: an output_dir's model/")
+    except (ValueError, OSError) as error:
+        raise error if isinstance(error, UserError) else UserError(str(error)) from error
+    return OpenedCheckpoint(source, components, config_file if config_file.is_file() else None)
+
+
+def _deepspeed_folder(path: Path) -> Path | None:
+    """Return the folder of shards that a path of DeepSpeed's means; None when it is none of its."""
+    if not path.is_dir():
+        return None
+    if any(path.glob(SHARDS)):
+        return path
+    latest = path / LATEST
+    if latest.is_file():
+        tag = latest.read_text(encoding="utf-8", errors="replace").strip()
+        if tag and Path(tag).name == tag and any((path / tag).glob(SHARDS)):
+            return path / tag
+        raise UserError(f"{latest}: names {tag!r}, and there are no shards of DeepSpeed's in such a folder")
+    return None
