@@ -1,7 +1,7 @@
 """Convert a checkpoint from any format to any other.
 
     python tools/convert_checkpoint.py INPUT OUTPUT --to FORMAT [--weights model|ema] [--dtype X] [--max_shard_size 5GB]
-                                       [--tensor_parallel N] [--step N] [--verify] [--force]
+                                       [--tensor_parallel N] [--step N | --tag T] [--verify] [--force]
     python tools/convert_checkpoint.py INPUT --inspect
 
 INPUT is recognised by itself: a training output_dir or one step's folder of it, DeepSpeed's ZeRO-1/2/3 shards of any number of
@@ -18,6 +18,7 @@ import sys
 from model.weights.source import EMA, MODEL
 from tools.conversion.convert import DTYPES, FORMATS, convert
 from tools.conversion.inspection import inspect
+from training.checkpoint_manifest import step_name
 from training.errors import exit_code
 
 
@@ -37,7 +38,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, help="of floating-point weights; default: as they are")
     parser.add_argument("--max_shard_size", default="5GB", help="of safetensors-sharded and qwen2-vl (default: 5GB)")
     parser.add_argument("--tensor_parallel", type=int, default=1, metavar="N", help="ranks of megatron-tp (default: 1)")
-    parser.add_argument("--step", type=int, help="of a training output_dir (default: the newest)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="of a training output_dir (default: the newest)")
+    which.add_argument("--tag", help="of a training output_dir or another folder of DeepSpeed's, such as step_0005000")
     parser.add_argument("--model_folder", metavar="DIR", help="where config.json is, when not beside the weights")
     parser.add_argument("--verify", action="store_true", help="read the output back and compare it bit for bit")
     parser.add_argument("--force", action="store_true", help="replace an OUTPUT that an earlier conversion has written")
@@ -48,9 +51,12 @@ def main() -> None:
     """Parse and convert, or inspect."""
     parser = make_parser()
     arguments = vars(parser.parse_args())
+    step = arguments.pop("step")
+    if step is not None:
+        arguments["tag"] = step_name(step)
     path, output, looks, tensors = (arguments.pop(name) for name in ("input", "output", "inspect", "tensors"))
     if looks:
-        options = {name: arguments[name] for name in ("step", "model_folder")}
+        options = {name: arguments[name] for name in ("tag", "model_folder")}
         print(json.dumps(inspect(path, **options, tensors=tensors), indent=1))
         return
     if output is None or arguments["to"] is None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from model.weights.recognise import open_weights
 from model.weights.source import WeightSource
-from training.checkpoint_manifest import MANIFEST, STEP_FOLDER, step_name
+from training.checkpoint_manifest import MANIFEST, STEP_FOLDER
 from training.errors import UserError
 from training.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, MODEL_FOLDER
 from training.trained_weights import find_checkpoint
@@ -30,12 +30,12 @@ class OpenedCheckpoint:
     config_file: Path | None
 
 
-def open_checkpoint(path: Path, *, step: int | None = None, model_folder: Path | None = None) -> OpenedCheckpoint:
+def open_checkpoint(path: Path, *, tag: str | None = None, model_folder: Path | None = None) -> OpenedCheckpoint:
     """Open what a path holds, whichever format it has.
 
     Args:
         path: a training output_dir, one step's folder of it, a folder of DeepSpeed, or anything that ``open_weights`` takes.
-        step: of a training output_dir, another one than the newest.
+        tag: of a training output_dir (step_0005000) or another folder of DeepSpeed's, another one than the newest.
         model_folder: where config.json is, when not beside the weights.
 
     Raises:
@@ -43,17 +43,12 @@ def open_checkpoint(path: Path, *, step: int | None = None, model_folder: Path |
     """
     try:
         if (path / CHECKPOINTS_FOLDER).is_dir() or STEP_FOLDER.fullmatch(path.name) or (path / MANIFEST).is_file():
-            if step is not None:
-                path = path / CHECKPOINTS_FOLDER / step_name(step)
-                if not path.is_dir():
-                    raise UserError(f"step: {path} not found; accepted: a step that was saved")
-            checkpoint = find_checkpoint(path)
+            checkpoint = find_checkpoint(_tagged(path / CHECKPOINTS_FOLDER, tag) if tag else path)
             run = checkpoint.resolve().parent.parent
             source: WeightSource = ZeroSource(checkpoint)
             candidates, config_file = [run / MODEL_FOLDER], run / CONFIG_FILE
         else:
-            if step is not None:
-                raise UserError(f"step: {path} is no training output_dir; accepted: one with {CHECKPOINTS_FOLDER}/")
+            path = _tagged(path, tag) if tag else path
             folder = path if path.is_dir() else path.parent
             source = ZeroSource(deepspeed) if (deepspeed := _deepspeed_folder(path)) else open_weights(path)
             above = [folder.parent, folder.parent.parent]
@@ -67,6 +62,16 @@ def open_checkpoint(path: Path, *, step: int | None = None, model_folder: Path |
     except (ValueError, OSError) as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
     return OpenedCheckpoint(source, components, config_file if config_file.is_file() else None)
+
+
+def _tagged(folder: Path, tag: str) -> Path:
+    """Return the folder of a tag."""
+    if Path(tag).name != tag or not (folder / tag).is_dir():
+        there = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+        raise UserError(
+            f"tag: {folder / tag} not found; accepted: {', '.join(there) or 'none, for this is no folder of tags'}"
+        )
+    return folder / tag
 
 
 def _deepspeed_folder(path: Path) -> Path | None:

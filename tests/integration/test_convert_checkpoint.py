@@ -262,21 +262,23 @@ def test_the_command_line_ends_with_one_line_for_what_is_wrong(runs, tmp_path):
 
 def test_types_and_the_step_are_chosen(runs, command, tmp_path):
     run = command.train(max_steps=4, checkpoint__every=2, sample__every=0)
-    newest, first = (convert(run.output_dir, tmp_path / str(s), to="pt", step=s) for s in (None, 2))
+    newest, first = (convert(run.output_dir, tmp_path / str(tag), to="pt", tag=tag) for tag in (None, "step_0000002"))
     assert (inspect(newest)["step"], inspect(first)["step"]) == (4, 2)
     assert_holds(first, read_weights(run.checkpoint(2), "ema"))
     half = convert(run.output_dir, tmp_path / "half", to="safetensors", dtype="bfloat16", verify=True)
     assert inspect(half)["parameters_by_dtype"].keys() == {"bfloat16"}
     assert_holds(half, {n: w.bfloat16() for n, w in read_weights(run.checkpoint(4), "ema").items()})
     assert LatteFlowPipeline.from_pretrained(half, dtype=torch.bfloat16).dtype == torch.bfloat16
-    with pytest.raises(UserError, match=r"step: .*step_0000003 not found; accepted: a step that was saved"):
-        convert(run.output_dir, tmp_path / "none", to="pt", step=3)
+    with pytest.raises(UserError, match=r"tag: .*step_0000003 not found; accepted: step_0000002, step_0000004"):
+        convert(run.output_dir, tmp_path / "none", to="pt", tag="step_0000003")
     with pytest.raises(UserError, match=r"weights: .* holds ema; accepted: ema"):
         convert(half, tmp_path / "none", to="pt", weights="model")
 
 
 def test_inspecting(runs, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["convert", str(runs["blend_zero2_2"].output_dir), "--inspect", "--tensors"])
+    monkeypatch.setattr(
+        sys, "argv", ["convert", str(runs["blend_zero2_2"].output_dir), "--inspect", "--tensors", "--step", str(STEP)]
+    )
     convert_checkpoint.main()
     said = json.loads(capsys.readouterr().out)
     weights = canonical(read_weights(checkpoint_of(runs, "blend_zero2_2"), "model"))
@@ -310,6 +312,7 @@ class TestRefused:
     def test_shards_without_a_manifest_are_read(self, shards, runs, tmp_path):
         folder = convert(shards, tmp_path / "out", to="safetensors", weights="model")
         assert_holds(folder, canonical(read_weights(checkpoint_of(runs, "blend_zero2_2"), "model")))
+        assert inspect(tmp_path, tag="shards")["step"] == STEP
         (tmp_path / "latest").write_text("shards")
         assert inspect(tmp_path)["step"] == STEP
 

@@ -50,7 +50,7 @@ def convert(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     tensor_parallel: int = 1,
-    step: int | None = None,
+    tag: str | None = None,
     model_folder: str | None = None,
     verify: bool = False,
     force: bool = False,
@@ -72,7 +72,7 @@ def convert(
         raise UserError(f"output: {target} exists; accepted: a new folder, or --force to replace it")
     if target.exists() and (not target.is_dir() or (not (target / EXPORT_FILE).is_file() and any(target.iterdir()))):
         raise UserError(f"output: {target} is no folder that a conversion has written; it is not replaced")
-    opened = open_checkpoint(Path(path), step=step, model_folder=model_folder and Path(model_folder))
+    opened = open_checkpoint(Path(path), tag=tag, model_folder=model_folder and Path(model_folder))
     partial = target.with_name(target.name + PARTIAL_SUFFIX)
     try:
         source, config = match(opened, weights=weights, dtype=dtype, to=to, tensor_parallel=tensor_parallel)

@@ -8,16 +8,16 @@ from model.weights.source import EMA, MODEL
 from training.open_checkpoint import open_checkpoint
 
 
-def inspect(path: str, *, step: int | None = None, model_folder: str | None = None, tensors: bool = False) -> dict:
+def inspect(path: str, *, tag: str | None = None, model_folder: str | None = None, tensors: bool = False) -> dict:
     """Return what a checkpoint holds: format, step, world size, which weights, parameters, types, sizes.
 
     Args:
         path: a checkpoint of any format.
-        step: of a training output_dir; None for the newest.
+        tag: of a training output_dir or another folder of DeepSpeed's; None for the newest.
         model_folder: where config.json is, when not beside the weights.
         tensors: whether every tensor's type and shape is listed too.
     """
-    opened = open_checkpoint(Path(path), step=step, model_folder=model_folder and Path(model_folder))
+    opened = open_checkpoint(Path(path), tag=tag, model_folder=model_folder and Path(model_folder))
     source = opened.source
     infos = source.tensors
     dtypes: dict[str, int] = {}
