@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.weights.recognise import open_weights
-from model.weights.source import WeightSource
+from model.weights.source import EXPORT_FILE, WeightSource
 from training.checkpoint_manifest import MANIFEST, STEP_FOLDER
 from training.errors import UserError
 from training.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, MODEL_FOLDER
@@ -42,7 +42,7 @@ def open_checkpoint(path: Path, *, tag: str | None = None, model_folder: Path | 
         UserError: when it is damaged or of no known format, or ``model_folder`` holds no config.json.
     """
     try:
-        if (path / CHECKPOINTS_FOLDER).is_dir() or STEP_FOLDER.fullmatch(path.name) or (path / MANIFEST).is_file():
+        if _is_of_a_run(path):
             checkpoint = find_checkpoint(_tagged(path / CHECKPOINTS_FOLDER, tag) if tag else path)
             run = checkpoint.resolve().parent.parent
             source: WeightSource = ZeroSource(checkpoint)
@@ -62,6 +62,13 @@ def open_checkpoint(path: Path, *, tag: str | None = None, model_folder: Path | 
     except (ValueError, OSError) as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
     return OpenedCheckpoint(source, components, config_file if config_file.is_file() else None)
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Return whether a path is a training output_dir or one step's folder of it; one that lost its manifest is a damaged one."""
+    if (path / CHECKPOINTS_FOLDER).is_dir() or (path / MANIFEST).is_file():
+        return True
+    return bool(STEP_FOLDER.fullmatch(path.name)) and not (path / EXPORT_FILE).is_file()
 
 
 def _tagged(folder: Path, tag: str) -> Path:
