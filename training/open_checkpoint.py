@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.weights.recognise import open_weights
-from model.weights.source import EXPORT_FILE, WeightSource
+from model.weights.source import WeightSource
 from training.checkpoint_manifest import MANIFEST, STEP_FOLDER
 from training.errors import UserError
 from training.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, MODEL_FOLDER
@@ -68,7 +68,7 @@ def _is_of_a_run(path: Path) -> bool:
     """Return whether a path is a training output_dir or one step's folder of it; one that lost its manifest is a damaged one."""
     if (path / CHECKPOINTS_FOLDER).is_dir() or (path / MANIFEST).is_file():
         return True
-    return bool(STEP_FOLDER.fullmatch(path.name)) and not (path / EXPORT_FILE).is_file()
+    return bool(STEP_FOLDER.fullmatch(path.name)) and any(path.glob(SHARDS))
 
 
 def _tagged(folder: Path, tag: str) -> Path:
