@@ -12,6 +12,7 @@ when it is complete.
 """
 
 import argparse
+import ctypes
 import json
 import sys
 
@@ -47,8 +48,20 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+M_MMAP_THRESHOLD = -3  # of malloc.h
+LARGE = 2**20
+
+
+def give_freed_memory_back() -> None:
+    """Have glibc give the memory of large tensors back when they are freed: it would keep up to another shard's for later."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # other C libraries have none
+        mallopt(M_MMAP_THRESHOLD, LARGE)
+
+
 def main() -> None:
     """Parse and convert, or inspect."""
+    give_freed_memory_back()
     parser = make_parser()
     arguments = vars(parser.parse_args())
     step = arguments.pop("step")

@@ -427,7 +427,7 @@ class TestRefused:
 PEAK = """
 import re, sys, threading, time
 from pathlib import Path
-from tools.conversion.convert import convert
+from tools.convert_checkpoint import main
 
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -439,10 +439,14 @@ def watch():
         peak = max(peak, anonymous())
         time.sleep(0.001)
 
-convert(path, output + "/warm", to="safetensors-sharded", max_shard_size="1MB")
+def convert(name, size):
+    sys.argv[1:] = [path, f"{output}/{name}", "--to", "safetensors-sharded", "--max_shard_size", size]
+    main()
+
+convert("warm", "1MB")
 before = anonymous()
 threading.Thread(target=watch, daemon=True).start()
-convert(path, output + "/out", to="safetensors-sharded", max_shard_size="16MB")
+convert("out", "16MB")
 print("grew", peak - before)
 """
 
