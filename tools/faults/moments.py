@@ -119,6 +119,14 @@ class Moments:
         time.sleep(self.watch.seconds)
         self.announce("past", step=self.watch.step)
 
+    def _wait_for_the_step(self) -> None:
+        """Wait until this rank's training has come to the step, and so waits for its batch."""
+        while not any(
+            event["event"] == "train" and event["rank"] == self.rank and event["step"] == self.watch.step
+            for event in read_events(Path(self.watch.events))
+        ):
+            time.sleep(0.01)
+
     def _announce_steps(self) -> None:
         from training.trainer import Trainer
 
@@ -161,6 +169,7 @@ class Moments:
 
         def slow(samples, index):
             if self._due(DATA) and index == self.watch.first_index:
+                self._wait_for_the_step()  # a data worker is ahead of the training
                 self._stay()
             return get(samples, index)
 
