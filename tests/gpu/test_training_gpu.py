@@ -1,5 +1,9 @@
 """The main job on a CUDA device: the losses of the CPU, stopping and resuming, sampling, the autoencoder."""
 
+import os
+import signal
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,11 +19,14 @@ SHORT = ["--global_batch_size", "64", "--max_steps", "12", "--logging.every", "1
 SHORT += ["--sample.every", "6", "--sample.num_images", "10", "--sample.num_steps", "8"]
 
 
-def train(output_dir, *arguments: str, device: str = "cuda"):
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+def train(output_dir, *arguments: str, device: str = "cuda", ranks: int = 1):
     settings = environment()
     if device == "cuda":
         del settings["DS_ACCELERATOR"]
-    command = ["deepspeed", "--num_gpus", "1", "--master_port", str(free_port()), "training/main.py"]
+    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), "training/main.py"]
     finished = run([*command, *SHORT, "--output_dir", str(output_dir), *arguments], env=settings)
     assert finished.code == 0, finished.output
     return finished.output
@@ -55,6 +62,48 @@ def test_another_zero_stage_and_asynchronous_saves_go_on(tmp_path):
     whole, parts = (column(tmp_path / name, "loss") for name in ("whole", "parts"))
     assert parts == pytest.approx(whole, rel=1e-2)
     assert all(seconds > 0 for seconds in column(tmp_path / "parts", "rank_seconds_min"))
+
+
+@two_gpus
+@pytest.mark.parametrize("variant", ["couple", "blend"])
+def test_tensor_parallel_ranks_train_what_one_trains(tmp_path, variant):
+    """Under NCCL; then one rank goes on from what two have written."""
+    fields = ["--precision", "bf16", "--model.variant", variant]
+    train(tmp_path / "whole", *fields)
+    train(tmp_path / "parts", *fields, "--tensor_parallel", "2", "--max_steps", "6", ranks=2)
+    assert "instead of 2" in train(tmp_path / "parts", *fields)
+    whole, parts = (column(tmp_path / name, "loss") for name in ("whole", "parts"))
+    assert parts == pytest.approx(whole, rel=1e-2)
+
+
+@two_gpus
+def test_a_rank_that_is_stopped_under_nccl_ends_the_run(tmp_path):
+    """The other rank waits in a collective on the device, which no signal interrupts."""
+    settings = environment()
+    del settings["DS_ACCELERATOR"]
+    fields = [*SHORT, "--max_steps", "100000", "--health.hang_minutes", "0.5", "--output_dir", str(tmp_path / "run")]
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "training/main.py", *fields]
+
+    def stop_the_second_rank() -> bool:
+        if (tmp_path / "run" / "metrics.jsonl").exists() and not stopped:
+            ours = [p for p in Path("/proc").glob("[0-9]*") if str(tmp_path).encode() in _content(p / "cmdline")]
+            ranks = [p for p in ours if b"\0RANK=1\0" in _content(p / "environ")]
+            for path in ranks:
+                os.kill(int(path.name), signal.SIGSTOP)
+            stopped.extend(ranks)
+        return False
+
+    stopped: list = []
+    finished = run(command, env=settings, kill_when=stop_the_second_rank, timeout=300)
+    assert finished.code != 0
+    assert "rank 1 does not answer: its process is stopped" in finished.output
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it has ended, or is another user's
+        return b""
 
 
 def test_the_autoencoder_gives_the_latents_of_the_cpu(tmp_path):
