@@ -24,7 +24,7 @@ from model.context import Context, as_key_values, encode_context, select_prompts
 from model.generation_layer import GenerationLayer, set_initial_std
 from model.position import rotary_2d
 from model.weights.matching import MatchedSource
-from model.weights.recognise import is_known_to_transformers, open_weights
+from model.weights.recognise import holds_weights, open_weights
 
 
 class ImageIO(nn.Module):
@@ -132,26 +132,32 @@ class LatteFlowModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs) -> "LatteFlowModel":
-        """Load a model as transformers does, and from a folder whose weights are in any other format of model/weights.
+        """Load a model from a folder whose weights are in any format of model/weights, or from the hub.
 
         Args:
             pretrained_model_name_or_path: a folder, or a hub id.
-            args, config, kwargs: transformers' own.
+            args, config, kwargs: transformers' own; ``dtype`` defaults to the widest type of a folder's weights.
 
         Raises:
-            ValueError: when weights of a format that transformers does not know are not exactly those of the network that
-                config.json describes.
+            ValueError: when a folder's weights are not exactly those of the network that its config.json describes.
         """
         folder = pretrained_model_name_or_path and Path(pretrained_model_name_or_path)
-        if not folder or not folder.is_dir() or is_known_to_transformers(folder):
+        if not folder or not folder.is_dir() or not holds_weights(folder):
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
         source = open_weights(folder)
         if config is None:
             config = LatteFlowConfig.from_pretrained(folder)
         with torch.device("meta"):
+            # transformers would fill in what is missing, and pass over what is unknown.
             source = MatchedSource(source, cls(config), source.default_kind)
+        if "dtype" not in kwargs and "torch_dtype" not in kwargs:
+            # transformers would take the first weight's type, and round the others to it.
+            kwargs["dtype"] = max((info.dtype for info in source.tensors.values()), key=lambda dtype: dtype.itemsize)
         weights = {name: source.read(name) for name in source.tensors}
-        return super().from_pretrained(None, *args, config=config, state_dict=weights, **kwargs)
+        loaded = super().from_pretrained(None, *args, config=config, state_dict=weights, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        model.name_or_path = model.config.name_or_path = str(folder)
+        return loaded
 
     def forward(
         self,

@@ -14,6 +14,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from model.sampling import image_seeds, initial_noise, sample_latents
 from model.vlm import checkpoint_folder, fingerprint, load_image_processor, load_vlm
 from model.weights.matching import load_weights
 from model.weights.recognise import open_weights
+from model.weights.source import EXPORT_FILE
 
 PIPELINE_FILE = "pipeline.json"
 VLM_FOLDER = "vlm"
@@ -68,6 +70,22 @@ class PipelineConfig:
     vlm_path: str | None = None
     vlm_fingerprint: str | None = None
 
+    @classmethod
+    def load(cls, folder: Path) -> "PipelineConfig":
+        """Read a model folder's pipeline.json.
+
+        Raises:
+            FileNotFoundError: when there is none.
+            ValueError: when it is not what ``save_components`` writes.
+        """
+        file = folder / PIPELINE_FILE
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} not found; accepted: an exported model folder")
+        try:
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{file}: damaged ({error})") from error
+
 
 class LatteFlowPipeline:
     """Generates images from prompts or classes.
@@ -94,7 +112,12 @@ class LatteFlowPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, weights: dict[str, Tensor] | None = None, dtype: torch.dtype | None = None
+        cls,
+        folder: str | Path,
+        *,
+        weights: dict[str, Tensor] | None = None,
+        kind: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> "LatteFlowPipeline":
         """Load a model folder.
 
@@ -102,6 +125,7 @@ class LatteFlowPipeline:
             folder: what ``save_pretrained`` wrote.
             weights: the network's state dict; None reads it from the folder, in whatever format it is: the averaged weights
                 where there are several.
+            kind: ``model`` or ``ema``, of a folder that holds both.
             dtype: the type of all networks; None for float32.
 
         Raises:
@@ -110,16 +134,15 @@ class LatteFlowPipeline:
                 in the folder is not the one the model was trained with.
         """
         folder = Path(folder)
-        if not (folder / PIPELINE_FILE).is_file():
-            raise FileNotFoundError(f"{folder / PIPELINE_FILE} not found; accepted: an exported model folder")
-        config = PipelineConfig(**json.loads((folder / PIPELINE_FILE).read_text()))
+        config = PipelineConfig.load(folder)
+        if not (folder / TOKENIZER_FOLDER).is_dir():  # transformers would ask the hub for it
+            raise ValueError(f"{folder / TOKENIZER_FOLDER} not found; accepted: an exported model folder")
         if weights is None:
-            source = open_weights(folder)
-            weights = {name: source.read(name, source.default_kind) for name in source.tensors}
+            weights = open_weights(folder)
         # How attention is computed is this machine's matter, not that of the one that trained.
         settings = LatteFlowConfig.get_config_dict(folder)[0] | {"attention_backend": "auto"}
         model = LatteFlowModel(LatteFlowConfig.from_dict(settings))
-        load_weights(model, weights)
+        load_weights(model, weights, kind or (None if isinstance(weights, dict) else weights.default_kind))
         tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER_FOLDER)
         if model.config.variant == "blend":
             vlm = model.vlm
@@ -147,7 +170,13 @@ class LatteFlowPipeline:
         (folder / PIPELINE_FILE).write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a model folder that ``from_pretrained`` loads."""
+        """Write a model folder that ``from_pretrained`` loads.
+
+        Raises:
+            ValueError: when the folder holds what a conversion has written, whose files would be mixed with these.
+        """
+        if (Path(folder) / EXPORT_FILE).is_file():
+            raise ValueError(f"{folder}: holds an export ({EXPORT_FILE}); accepted: another folder")
         self.save_components(folder)
         self.model.save_pretrained(folder)
 
@@ -190,7 +219,9 @@ class LatteFlowPipeline:
         names = self.config.class_names
         result = []
         for prompt in prompts:
-            if isinstance(prompt, int):
+            if isinstance(prompt, bool) or not isinstance(prompt, str | Integral):
+                raise ValueError(f"prompt: got {prompt!r}; accepted: a caption, or the index of a class")
+            if isinstance(prompt, Integral):
                 if names is None or not 0 <= prompt < len(names):
                     accepted = "none, this model takes prompts" if names is None else f"0 to {len(names) - 1}"
                     raise ValueError(f"classes: {prompt} is no class of this model; accepted: {accepted}")
@@ -234,7 +265,7 @@ class LatteFlowPipeline:
         given = [name for name, v in (("generator", generator), ("seed", seed), ("latents", latents)) if v is not None]
         if len(given) > 1:
             raise ValueError(f"{', '.join(given)}: got {len(given)} of them; accepted: one")
-        prompts = [prompt] if isinstance(prompt, str | int) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str | Integral) else list(prompt)
         if not prompts or num_images_per_prompt < 1:
             raise ValueError("prompt, num_images_per_prompt: nothing to draw; accepted: one or more")
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
@@ -312,8 +343,14 @@ class LatteFlowPipeline:
             max_new_tokens: the longest answer.
 
         Raises:
-            ValueError: when a picture is given and the VLM came without an image processor.
+            ValueError: when a picture is given and the VLM came without an image processor; when an argument is of another
+                kind, or the question holds the token that stands for a picture.
         """
+        placeholder = self.tokenizer.convert_ids_to_tokens(self.vlm.config.image_token_id)
+        if not isinstance(question, str) or placeholder in question:
+            raise ValueError(f"question: got {question!r}; accepted: a text without {placeholder}")
+        if image is not None and not isinstance(image, Image.Image):
+            raise ValueError(f"image: got a {type(image).__name__}; accepted: a PIL image, or None")
         content = [{"type": "text", "text": question}]
         if image is not None:
             content.insert(0, {"type": "image"})
@@ -329,7 +366,6 @@ class LatteFlowPipeline:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.vlm.dtype)
             # The template writes one placeholder a picture; each merged patch needs one.
             patches = int(inputs["image_grid_thw"].prod()) // self.image_processor.merge_size**2
-            placeholder = self.tokenizer.convert_ids_to_tokens(self.vlm.config.image_token_id)
             text = text.replace(placeholder, placeholder * patches, 1)
         inputs |= self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.vlm.config.image_token_id).long()

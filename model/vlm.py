@@ -139,6 +139,8 @@ def load_vlm(path: str | Path, dtype: torch.dtype | None = None, tokenizer_path:
         raise ValueError(
             f"vlm.path: {path} has no config.json; accepted: a folder written by save_pretrained, or a hub id"
         )
+    if Path(path).is_absolute() and not Path(path).exists():  # transformers would ask the hub for it
+        raise ValueError(f"vlm.path: {path} not found; accepted: a folder written by save_pretrained, or a hub id")
     try:
         kind = AutoConfig.from_pretrained(path).model_type
         if kind not in MODEL_TYPES:

@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--weights", choices=(MODEL, EMA), help="default: ema where there is one; deepspeed-universal: all"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of floating-point weights; default: as they are")
-    parser.add_argument("--max_shard_size", default="5GB", help="of safetensors-sharded and qwen2-vl (default: 5GB)")
+    parser.add_argument("--max_shard_size", help="of safetensors-sharded and qwen2-vl (default: 5GB)")
     parser.add_argument("--tensor_parallel", type=int, default=1, metavar="N", help="ranks of megatron-tp (default: 1)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="of a training output_dir (default: the newest)")
@@ -67,6 +67,14 @@ def main() -> None:
     step = arguments.pop("step")
     if step is not None:
         arguments["tag"] = step_name(step)
+    if arguments["inspect"] and (arguments["output"] or arguments["to"]):
+        parser.error("--inspect takes no OUTPUT and no --to: nothing is written")
+    if arguments["tensors"] and not arguments["inspect"]:
+        parser.error("--tensors goes with --inspect")
+    if arguments["max_shard_size"] is None:
+        del arguments["max_shard_size"]
+    elif arguments["to"] not in ("safetensors-sharded", "qwen2-vl"):
+        parser.error("--max_shard_size goes with --to safetensors-sharded or qwen2-vl")
     path, output, looks, tensors = (arguments.pop(name) for name in ("input", "output", "inspect", "tensors"))
     if looks:
         options = {name: arguments[name] for name in ("tag", "model_folder")}

@@ -11,13 +11,13 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from model.weights.recognise import open_weights
-from model.weights.source import EXPORT_FILE
 from training.checkpoint_io import DeferringCheckpointEngine, TolerantCheckpointEngine, safe_unpickling
 from training.checkpoint_manifest import (
     MANIFEST,
@@ -235,7 +235,7 @@ class CheckpointStore:
         Raises:
             UserError: when it cannot be read, or is of another network.
         """
-        if (path / EXPORT_FILE).is_file():
+        if not (path / MANIFEST).is_file():  # a universal checkpoint, which ``resume`` named
             return load_resharded(engine, open_weights(path))
         manifest = read_manifest(path)
         fits = manifest.get("layout") == layout(engine)
@@ -274,17 +274,21 @@ class CheckpointStore:
             whole += not any(check_files(path, list, contents=False))
 
 
-def newest_valid(candidates: list[Path]) -> Path | None:
+def newest_valid(candidates: list[Path], record: Callable[[Path], dict] = read_manifest) -> Path | None:
     """Return the last of some checkpoints whose manifest verifies, the same on all ranks; None of none. Collective.
 
     Each rank verifies a share of the files; the list is rank 0's.
+
+    Args:
+        candidates: oldest first.
+        record: what says which files a candidate has; exported ones have no manifest.
 
     Raises:
         UserError: when every one is damaged.
     """
     candidates = _agree(candidates)
     for path in reversed(candidates):
-        problems = _gather_dict(dict(check_files(path, _share)))
+        problems = _gather_dict(dict(check_files(path, _share, record=record)))
         if not problems:
             return path
         if _is_first_rank():

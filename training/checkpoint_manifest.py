@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from model.weights.source import read_export_record
 from training.errors import UserError
 from training.zero_shards import MODEL_SUFFIX, OPTIMIZER_SUFFIX
 
@@ -53,7 +52,11 @@ def read_manifest(path: Path) -> dict:
 
 
 def check_files(
-    path: Path, share: Callable[[list[str]], list[str]] = list, *, contents: bool = True
+    path: Path,
+    share: Callable[[list[str]], list[str]] = list,
+    *,
+    contents: bool = True,
+    record: Callable[[Path], dict] = read_manifest,
 ) -> Iterator[tuple[str, str]]:
     """Yield (file name, problem) for each of this rank's share of the files that is not what the manifest says.
 
@@ -61,10 +64,10 @@ def check_files(
         path: a checkpoint's folder.
         share: list of files -> the part of it to look at.
         contents: whether to read the files, too.
+        record: what says which files there are.
     """
     try:
-        record = read_export_record(path)  # of a universal checkpoint that another run starts from
-        files = (record or read_manifest(path))["files"]
+        files = record(path)["files"]
     except ValueError as error:
         yield MANIFEST, str(error)
         return

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 from model.autoencoder import load_codec
 from model.configuration import LatteFlowConfig
@@ -61,6 +62,9 @@ def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
             vlm, tokenizer = load_vlm(saved / VLM_FOLDER, dtype=torch.float32, tokenizer_path=saved / TOKENIZER_FOLDER)
         elif config.vlm.path is None:
             vlm_config, tokenizer = tiny_vlm_parts(config, images)
+            if (saved / PIPELINE_FILE).is_file():  # of a Blend, whose VLM is part of its weights
+                vlm_config = LatteFlowConfig.from_pretrained(saved).vlm_config
+                tokenizer = AutoTokenizer.from_pretrained(saved / TOKENIZER_FOLDER)
             vlm = build_tiny_vlm(vlm_config, config.vlm.tiny.seed)
         else:
             vlm_dtype = torch.float32 if config.model["variant"] == "blend" else dtype
@@ -83,7 +87,7 @@ def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
         trained_with = json.loads((saved / PIPELINE_FILE).read_text())["vlm_fingerprint"]
         if trained_with != vlm_fingerprint:
             raise UserError(
-                f"vlm.path: {config.vlm.path} is not the VLM that {saved.parent} was started with (fingerprint differs)"
+                f"vlm.path: {config.vlm.path} is not the VLM that {saved} was trained with (fingerprint differs)"
             )
     pipeline_config = PipelineConfig(
         resolution=config.data.resolution,

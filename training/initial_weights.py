@@ -4,7 +4,7 @@ from pathlib import Path
 
 from model.latte_flow import LatteFlowModel
 from model.pipeline import PIPELINE_FILE
-from model.weights.matching import MatchedSource, load_weights
+from model.weights.matching import load_weights
 from training.checkpoint_manifest import list_checkpoints
 from training.config import TrainingConfig
 from training.errors import UserError
@@ -42,8 +42,7 @@ def load_initial_weights(model: LatteFlowModel, opened: OpenedCheckpoint) -> str
     """
     source = opened.source
     try:
-        matched = MatchedSource(source, model, source.default_kind)
-        load_weights(model, {name: matched.read(name) for name in matched.tensors})
+        load_weights(model, source, source.default_kind)
     except ValueError as error:
         raise UserError(f"init_from: {source.path}: {error}") from error
     step = "" if source.step is None else f" of step {source.step}"

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.weights.recognise import open_weights
-from model.weights.source import WeightSource
-from training.checkpoint_manifest import MANIFEST, STEP_FOLDER
+from model.weights.source import EXPORT_FILE, WeightSource, read_export_record
+from training.checkpoint_manifest import MANIFEST, STEP_FOLDER, check_files
 from training.errors import UserError
 from training.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, MODEL_FOLDER
 from training.trained_weights import find_checkpoint
@@ -30,20 +30,27 @@ class OpenedCheckpoint:
     config_file: Path | None
 
 
-def open_checkpoint(path: Path, *, tag: str | None = None, model_folder: Path | None = None) -> OpenedCheckpoint:
+def open_checkpoint(
+    path: Path, *, tag: str | None = None, model_folder: Path | None = None, contents: bool = True
+) -> OpenedCheckpoint:
     """Open what a path holds, whichever format it has.
 
     Args:
         path: a training output_dir, one step's folder of it, a folder of DeepSpeed, or anything that ``open_weights`` takes.
         tag: of a training output_dir (step_0005000) or another folder of DeepSpeed's, another one than the newest.
         model_folder: where config.json is, when not beside the weights.
+        contents: whether files whose SHA-256 is known, ours and exported ones, are read to see if they are whole.
 
     Raises:
         UserError: when it is damaged or of no known format, or ``model_folder`` holds no config.json.
     """
     try:
         if _is_of_a_run(path):
-            checkpoint = find_checkpoint(_tagged(path / CHECKPOINTS_FOLDER, tag) if tag else path)
+            if tag is not None:
+                if not (path / CHECKPOINTS_FOLDER).is_dir():
+                    raise UserError(f"tag: {path} is one step's folder already; accepted: none, or the output_dir")
+                path = _tagged(path / CHECKPOINTS_FOLDER, tag)
+            checkpoint = find_checkpoint(path, contents=contents)
             run = checkpoint.resolve().parent.parent
             source: WeightSource = ZeroSource(checkpoint)
             candidates, config_file = [run / MODEL_FOLDER], run / CONFIG_FILE
@@ -51,6 +58,9 @@ def open_checkpoint(path: Path, *, tag: str | None = None, model_folder: Path | 
             path = _tagged(path, tag) if tag else path
             folder = path if path.is_dir() else path.parent
             source = ZeroSource(deepspeed) if (deepspeed := _deepspeed_folder(path)) else open_weights(path)
+            if contents and (folder / EXPORT_FILE).is_file():
+                for name, problem in check_files(folder, record=read_export_record):
+                    raise UserError(f"{folder / name}: {problem}")
             above = [folder.parent, folder.parent.parent]
             candidates = [folder, folder / MODEL_FOLDER, *above, *(parent / MODEL_FOLDER for parent in above)]
             config_file = folder / CONFIG_FILE

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from model.vlm import build_tiny_image_processor, load_image_processor
-from model.weights.source import read_export_record
+from model.weights.source import EXPORT_FILE, read_export_record
 from model.weights.universal import UniversalSource
 from training.checkpoint_manifest import MANIFEST, STEP_FOLDER, list_checkpoints
 from training.config import TrainingConfig
@@ -34,6 +34,10 @@ def check_output_dir(config: TrainingConfig) -> None:
     """
     folder = Path(config.output_dir)
     saved = folder / CONFIG_FILE
+    if (folder / EXPORT_FILE).is_file():
+        raise UserError(
+            f"output_dir: {folder} is a converted checkpoint; accepted: another folder, with --resume or --init_from {folder}"
+        )
     if saved.is_file():
         changes = differences(load_config(saved), config)
         if changes:
@@ -57,11 +61,13 @@ class Origin:
         config_file: the other run's configuration.
         components: its model folder.
         checkpoints: that ``resume`` names, oldest first.
+        exported: whether that is a universal checkpoint, which has export.json in place of a manifest.
     """
 
     config_file: Path
     components: Path
     checkpoints: list[Path]
+    exported: bool = False
 
 
 def named_checkpoints(path: Path) -> list[Path]:
@@ -134,7 +140,7 @@ def _find_export(path: Path) -> Origin | None:
             f"resume: {path} holds weights as {record['format']}, and no optimizer state; accepted: --init_from {path}, which "
             f"takes the weights, or --resume with a {UniversalSource.format} checkpoint that was converted without --weights"
         )
-    return Origin(path / CONFIG_FILE, path, [path])
+    return Origin(path / CONFIG_FILE, path, [path], exported=True)
 
 
 def write_components(config: TrainingConfig, pipeline: LatteFlowPipeline) -> None:

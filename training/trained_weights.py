@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from model.weights.recognise import open_weights
+from model.weights.source import EXPORT_FILE
 from training.checkpoint_io import safe_unpickling
 from training.checkpoint_manifest import check_files
 from training.ema import EMA_KEY
@@ -20,15 +21,19 @@ logger = logging.getLogger(__name__)
 WEIGHTS = ("ema", "model")
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path, *, contents: bool = True) -> Path:
     """Return the checkpoint folder that a path means: a step's folder, or the newest valid one of an output_dir.
+
+    Args:
+        path: the folder.
+        contents: whether the files are read to see if they are whole, or only their sizes are looked at.
 
     Raises:
         UserError: when there is none.
     """
     candidates = named_checkpoints(path)
     for candidate in reversed(candidates):
-        damage = "; ".join(f"{name} {what}" for name, what in check_files(candidate))
+        damage = "; ".join(f"{name} {what}" for name, what in check_files(candidate, contents=contents))
         if not damage:
             return candidate
         if candidates == [path]:
@@ -53,10 +58,10 @@ def load_pipeline(
     """
     try:
         if (path / PIPELINE_FILE).is_file():
-            source = open_weights(path)
-            kind = weights if weights in source.kinds else source.default_kind
-            state = {name: source.read(name, kind) for name in source.tensors}
-            return LatteFlowPipeline.from_pretrained(path, weights=state, dtype=dtype)
+            kind = weights if weights in open_weights(path).kinds else None
+            return LatteFlowPipeline.from_pretrained(path, kind=kind, dtype=dtype)
+        if (path / EXPORT_FILE).is_file():
+            raise UserError(f"{path}: holds weights, and no {PIPELINE_FILE}, which a pipeline needs")
         checkpoint = path if verified else find_checkpoint(path)
         components = checkpoint.parent.parent / MODEL_FOLDER
         return LatteFlowPipeline.from_pretrained(components, weights=read_weights(checkpoint, weights), dtype=dtype)

@@ -22,8 +22,9 @@ from model.flow_matching import flow_matching_loss, interpolate
 from model.images import to_pil
 from model.latte_flow import LatteFlowModel
 from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
+from model.weights.source import read_export_record
 from training.checkpoint import CheckpointStore, newest_valid
-from training.checkpoint_manifest import step_name
+from training.checkpoint_manifest import read_manifest, step_name
 from training.components import build_components, parameter_groups
 from training.config import TrainingConfig
 from training.data.datasets import ImageDataset, load_image_dataset
@@ -424,7 +425,7 @@ class Trainer:
             return state["step"]
         if self.origin is None:
             return 0
-        path = newest_valid(self.origin.checkpoints)
+        path = newest_valid(self.origin.checkpoints, read_export_record if self.origin.exported else read_manifest)
         changes = differences(load_config(self.origin.config_file), self.config)
         self._say(f"a new run from {path}" + "".join(f"; {change}" for change in changes))
         return self.checkpoints.load(self.engine, path, same_run=False)["step"]

@@ -18,6 +18,7 @@ from deepspeed.utils import zero_to_fp32
 from torch import Tensor
 
 from model.partition import join_parts, whole_shape
+from model.weights.source import TensorInfo, check_counters
 
 OPTIMIZER_SUFFIX = "_optim_states.pt"
 MODEL_SUFFIX = "_model_states.pt"
@@ -91,6 +92,9 @@ class ZeroShards:
         updates = {number for part in self._parts for number in part.all_updates}
         if len(updates) > 1:
             raise ValueError(f"{self._folder}: its shards are of different updates: {sorted(updates)}")
+        for part in self._parts:
+            for states in part.all_model_states:
+                check_counters(self._folder, states, self.updates)
 
     def read(self, name: str, key: str | None = None) -> Tensor:
         """Return a trained parameter's float32 master weight, or what the optimizer keeps of it under ``key``."""
@@ -102,22 +106,24 @@ class ZeroShards:
 
     def read_all(self, key: str | None = None) -> dict[str, Tensor]:
         """Return name -> tensor of the whole model: trained parameters as ``read``, frozen ones, buffers, tied names."""
-        tensors = self.buffers() | self.frozen() | {name: self.read(name, key) for name in self.shapes}
+        tensors = {name: self.read_untrained(name) for name in self.untrained}
+        tensors |= {name: self.read(name, key) for name in self.shapes}
         tied = {
             name: tensors[source] for name, source in self.model_states["shared_params"].items() if source in tensors
         }
         return tensors | tied
 
-    def buffers(self) -> dict[str, Tensor]:
-        """Return the model's buffers; those of floating point as float32."""
-        return self._join_all([part.buffers() for part in self._parts])
+    @property
+    def untrained(self) -> dict[str, TensorInfo]:
+        """Name -> shape and type of the parameters that are not trained and of the buffers."""
+        return {
+            name: TensorInfo(whole_shape(name, info.shape, self.tensor_parallel), info.dtype)
+            for name, info in self._parts[0].untrained.items()
+        }
 
-    def frozen(self) -> dict[str, Tensor]:
-        """Return the parameters that are not trained."""
-        return self._join_all([part.frozen() for part in self._parts])
-
-    def _join_all(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: self._join(name, [part[name] for part in parts]) for name in parts[0]}
+    def read_untrained(self, name: str) -> Tensor:
+        """Return a parameter that is not trained, or a buffer, in its own type."""
+        return self._join(name, [part.read_untrained(name) for part in self._parts])
 
     def _join(self, name: str, parts: list[Tensor]) -> Tensor:
         try:
@@ -135,9 +141,9 @@ class _NetworkPart:
     """
 
     def __init__(self, model_files: list[str], optimizer_files: list[str]):
-        self._model_files = model_files
         shards = [_load(file)[constants.OPTIMIZER_STATE_DICT] for file in optimizer_files]
-        self.model_states = _load(self._model_files[0])
+        self.all_model_states = [_load(file) for file in model_files]
+        self.model_states = self.all_model_states[0]
         self.world_size = len(shards)
         self.stage = int(shards[0][constants.ZERO_STAGE])
         masters, optimizer = STATE_KEYS[self.stage]
@@ -162,21 +168,24 @@ class _NetworkPart:
         shape = self.shapes[name]
         return torch.cat(parts)[: shape.numel()].view(shape)
 
-    def buffers(self) -> dict[str, Tensor]:
-        module, names = self.model_states["module"], self.model_states[constants.BUFFER_NAMES]
-        return {n: t.float() if t.is_floating_point() else t for n, t in module.items() if n in names}
+    @property
+    def untrained(self) -> dict[str, TensorInfo]:
+        module, shared = self.model_states["module"], self.model_states["shared_params"]
+        # DeepSpeed's list of frozen parameters is left out by stage 1: they are what the module has beside the others.
+        names = [name for name in module if name not in self.shapes and name not in shared]
+        return {n: TensorInfo(torch.Size(self._frozen_shapes.get(n, module[n].shape)), module[n].dtype) for n in names}
 
-    def frozen(self) -> dict[str, Tensor]:
-        if self.stage < 3:
-            # DeepSpeed's list of frozen parameters is left out by stage 1; the module's weights are whole in stages 1 and 2.
-            others = {*self.shapes, *self.model_states[constants.BUFFER_NAMES], *self.model_states["shared_params"]}
-            return {name: t for name, t in self.model_states["module"].items() if name not in others}
-        shapes = self.model_states[constants.FROZEN_PARAM_SHAPES] or {}
-        parts = [_load(file)[constants.FROZEN_PARAM_FRAGMENTS] for file in self._model_files] if shapes else []
-        return {
-            name: torch.cat([part[name].flatten() for part in parts])[: shape.numel()].view(shape)
-            for name, shape in shapes.items()
-        }
+    def read_untrained(self, name: str) -> Tensor:
+        own, shape = self.model_states["module"][name], self._frozen_shapes.get(name)
+        if self.stage < 3 or shape is None:
+            return own
+        # Under stage 3 a module's parameters are empty, and each rank has a fragment, the last one padded.
+        fragments = [states[constants.FROZEN_PARAM_FRAGMENTS][name].flatten() for states in self.all_model_states]
+        return torch.cat(fragments)[: shape.numel()].view(shape)
+
+    @property
+    def _frozen_shapes(self) -> dict[str, torch.Size]:
+        return self.model_states[constants.FROZEN_PARAM_SHAPES] or {}
 
     @property
     def _param_shapes(self) -> list[dict]:

@@ -29,7 +29,7 @@ class ZeroSource(WeightSource):
         self.path = path
         with safe_unpickling(path), reading(path):
             self._shards = shards = ZeroShards(path)
-            self._untrained = shards.frozen() | shards.buffers()
+            self._untrained = shards.untrained
         states = shards.model_states
         self.format = f"deepspeed-zero-{shards.stage}"
         self.world_size = shards.world_size
@@ -46,12 +46,12 @@ class ZeroSource(WeightSource):
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         infos = {name: TensorInfo(shape, torch.float32) for name, shape in self._shards.shapes.items()}
-        return infos | {name: TensorInfo(t.shape, t.dtype) for name, t in self._untrained.items()}
+        return infos | self._untrained
 
-    def read(self, name: str, kind: str | None = None) -> Tensor:
+    def _read(self, name: str, kind: str) -> Tensor:
         if name in self._untrained:
-            return self._untrained[name].clone()
-        return self._shards.read(name, None if kind in (None, MODEL) else kind)
+            return self._shards.read_untrained(name).clone()
+        return self._shards.read(name, None if kind == MODEL else kind)
 
 
 assert EMA == EMA_KEY  # exported weights are called as the optimizer calls its state

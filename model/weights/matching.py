@@ -39,16 +39,23 @@ def match_weights(model: nn.Module, tensors: Mapping[str, TensorInfo | Tensor]) 
     return {names[0]: [name for name in names if name in tensors] for names in names_of.values()}
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load a state dict into a network; every parameter exactly once.
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor] | WeightSource, kind: str | None = None) -> None:
+    """Load weights into a network, one after the other; every parameter exactly once.
+
+    Args:
+        model: the network.
+        weights: a state dict, or where to read one.
+        kind: which weights of a source; None for its first.
 
     Raises:
-        ValueError: as ``match_weights``.
+        ValueError: as ``match_weights``, before anything is loaded; or when a file is damaged.
     """
     own = model.state_dict(keep_vars=True)
+    is_source = isinstance(weights, WeightSource)
+    names = match_weights(model, weights.tensors if is_source else weights)
     with torch.no_grad():
-        for name, there in match_weights(model, weights).items():
-            own[name].copy_(weights[there[0]])
+        for name, there in names.items():
+            own[name].copy_(weights.read(there[0], kind) if is_source else weights[there[0]])
 
 
 class MatchedSource(WeightSource):
@@ -69,7 +76,7 @@ class MatchedSource(WeightSource):
             source.format, source.path, source.step, source.world_size,
         )  # fmt: skip
         self.kinds = (kind,)
-        self._source, self._kind, self._dtype = source, kind, dtype
+        self._source, self._dtype = source, dtype
         infos = source.tensors
         self._names = match_weights(model, infos)
         self._tensors = {name: self._describe(infos[there[0]]) for name, there in self._names.items()}
@@ -82,15 +89,18 @@ class MatchedSource(WeightSource):
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 
-    def read(self, name: str, kind: str | None = None) -> Tensor:
-        tensor = self._source.read(self._names[name][0], kind or self._kind)
+    def _read(self, name: str, kind: str) -> Tensor:
+        tensor = self._source.read(self._names[name][0], kind)
+        if tensor.shape != self._tensors[name].shape:
+            raise ValueError(
+                f"{self.path}: {name} is {list(tensor.shape)}, but was announced as {list(self._tensors[name].shape)}"
+            )
         return tensor.to(self._cast(tensor.dtype))
 
     def keep_training_state(self) -> None:
         """Offer all that the source has for going on with a training, its weights as they were trained."""
         self.training_state: TrainingState | None = self._source.training_state
         self.kinds = self._source.kinds
-        self._kind = self.kinds[0]
 
     def _describe(self, info: TensorInfo) -> TensorInfo:
         return TensorInfo(info.shape, self._cast(info.dtype))

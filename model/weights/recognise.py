@@ -17,9 +17,9 @@ ACCEPTED = (
 TORCH_INDEX = torch_files.WEIGHTS_FILE + ".index.json"
 
 
-def is_known_to_transformers(folder: Path) -> bool:
-    """Return whether a folder holds weights under transformers' own file names, or none that are known here."""
-    return all(reader in (SafetensorsSource, TorchFileSource) for reader, _ in _recognise(folder))
+def holds_weights(path: Path) -> bool:
+    """Return whether ``open_weights`` knows what a path holds, by the names of files alone."""
+    return bool(_recognise(path))
 
 
 def open_weights(path: Path) -> WeightSource:
@@ -42,7 +42,7 @@ def open_weights(path: Path) -> WeightSource:
         check_export_sizes(folder, record)
     reader, file = found[0]
     source = reader(file)
-    if record is not None:
+    if record is not None and source.path.is_relative_to(folder):
         source.step = record["step"] if source.step is None else source.step
         if record["weights"] is not None:
             source.kinds = (record["weights"],)
@@ -73,4 +73,17 @@ def _recognise(path: Path) -> list[tuple[type, Path]]:
         name = next((name for name in (index, single) if (path / name).is_file()), None)
         if name is not None:
             found.append((reader, path / name))
-    return found
+    return found or _recognise_any_name(path)
+
+
+def _recognise_any_name(folder: Path) -> list[tuple[type, Path]]:
+    """Return the only index of shards, or the only file of weights, whatever its name."""
+    for reader, patterns in (
+        (SafetensorsSource, ("*.safetensors.index.json", "*.safetensors")),
+        (TorchFileSource, ("*.bin.index.json", *(f"*{suffix}" for suffix in SUFFIXES))),
+    ):
+        for pattern in patterns:
+            files = list(folder.glob(pattern))
+            if len(files) == 1:
+                return [(reader, files[0])]
+    return []

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.weights.source import TensorInfo, WeightSource, reading
+from model.weights.source import MODEL, TensorInfo, WeightSource, reading
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -48,12 +48,16 @@ class SafetensorsSource(WeightSource):
         steps: dict[str | None, Path] = {}
         for file in files:
             with reading(file), _open(file) as opened:
-                steps.setdefault((opened.metadata() or {}).get("step"), file)
+                metadata = opened.metadata() or {}
+                steps.setdefault(metadata.get("step"), file)
+                self.kinds = (metadata.get("weights", MODEL),)
                 for name in list(opened.keys()):
                     if name in self._file_of:
                         raise ValueError(f"{file}: holds {name}, which {self._file_of[name].name} holds too")
                     part = opened.get_slice(name)
                     self._file_of[name] = file
+                    if part.get_dtype() not in DTYPES:
+                        raise ValueError(f"{file}: {name} is of type {part.get_dtype()}; accepted: {', '.join(DTYPES)}")
                     self._tensors[name] = TensorInfo(torch.Size(part.get_shape()), DTYPES[part.get_dtype()])
         if len(steps) > 1:
             raise ValueError(
@@ -70,7 +74,7 @@ class SafetensorsSource(WeightSource):
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 
-    def read(self, name: str, kind: str | None = None) -> Tensor:
+    def _read(self, name: str, kind: str) -> Tensor:
         file = self._file_of[name]
         with reading(file), _open(file) as opened:
             return opened.get_tensor(name)

@@ -82,13 +82,23 @@ class WeightSource(ABC):
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Name -> shape and type of all weights, buffers included; tied ones under one name or all."""
 
-    @abstractmethod
     def read(self, name: str, kind: str | None = None) -> Tensor:
         """Return a tensor, on the CPU. Untrained ones are the same for all kinds.
 
+        Args:
+            name: one of ``tensors``.
+            kind: one of ``kinds``; None for the first.
+
         Raises:
-            ValueError: when the file is damaged.
+            ValueError: when the file is damaged, or holds no such kind.
         """
+        if kind is not None and kind not in self.kinds:
+            raise ValueError(f"{self.path}: holds no {kind}; accepted: {', '.join(self.kinds)}")
+        return self._read(name, kind or self.kinds[0])
+
+    @abstractmethod
+    def _read(self, name: str, kind: str) -> Tensor:
+        """``read`` for a kind that there is; formats of one kind need not look at it."""
 
 
 def read_export_record(folder: Path) -> dict | None:
@@ -123,6 +133,16 @@ def check_export_sizes(folder: Path, record: dict) -> None:
             raise ValueError(f"{file}: is missing, but {EXPORT_FILE} names it")
         if file.stat().st_size != entry["bytes"]:
             raise ValueError(f"{file}: has {file.stat().st_size} bytes instead of {entry['bytes']}")
+
+
+def check_counters(path: Path, model_states: Mapping, updates: int) -> None:
+    """Raise ValueError when DeepSpeed's counters and the optimizer's are not of the same step."""
+    steps, skipped = model_states["global_steps"], model_states["skipped_steps"]
+    if steps - skipped != updates:
+        raise ValueError(
+            f"{path}: its files are of different steps: the optimizer has done {updates} updates, the weights are of step "
+            f"{steps}, {skipped} of them skipped"
+        )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import logging
 import pickle
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -40,7 +40,6 @@ ALLOWED = {
     "torch": {
         "Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "device",
     },
-    "pathlib": {"PosixPath", "Path"},
     "collections": {"OrderedDict"},
 }  # fmt: skip
 """Module -> what may be named in .metadata; none of it does anything when it is called."""
@@ -48,23 +47,31 @@ ALLOWED = {
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
+        if module == "pathlib":  # where it was written, which is of no use
+            return PurePosixPath
         if name not in ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is not allowed in {METADATA_FILE}")
         return super().find_class(module, name)
 
 
-class _SafeReader(FileSystemReader):
-    """torch's reader with our unpickler of .metadata; it reads no file outside of its folder."""
+def _read_metadata(path: Path) -> Metadata:
+    with reading(path), path.open("rb") as stream:
+        metadata = _MetadataUnpickler(stream).load()
+        for info in metadata.storage_data.values():
+            if Path(info.relative_path).name != info.relative_path:
+                raise ValueError(f"{path}: names the file {info.relative_path!r}; accepted: one beside it")
+    return metadata
+
+
+class _OneTensorReader(FileSystemReader):
+    """torch's reader, told of one tensor alone: it would unpickle .metadata and look through all of it for every tensor."""
+
+    def __init__(self, path: Path, metadata: Metadata):
+        super().__init__(path)
+        self._metadata = metadata
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
-        path = Path(self.path) / METADATA_FILE
-        with reading(path), path.open("rb") as stream:
-            metadata = _MetadataUnpickler(stream).load()
-            for info in metadata.storage_data.values():
-                if Path(info.relative_path).name != info.relative_path:
-                    raise ValueError(f"{path}: names the file {info.relative_path!r}; accepted: one beside it")
-            metadata.storage_meta = metadata.storage_meta or None
-        return metadata
+        return self._metadata
 
 
 class DistributedCheckpointSource(WeightSource):
@@ -77,8 +84,10 @@ class DistributedCheckpointSource(WeightSource):
     def __init__(self, path: Path):
         self.path = path
         self.format = "dcp"
-        self._reader = _SafeReader(path)
-        metadata = self._reader.read_metadata()
+        metadata = _read_metadata(path / METADATA_FILE)
+        self._entries, self._places = metadata.state_dict_metadata, {}
+        for index, place in metadata.storage_data.items():
+            self._places.setdefault(index.fqn, {})[index] = place
         with reading(path / METADATA_FILE):
             self._tensors = {
                 name: TensorInfo(torch.Size(entry.size), entry.properties.dtype)
@@ -110,12 +119,13 @@ class DistributedCheckpointSource(WeightSource):
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 
-    def read(self, name: str, kind: str | None = None) -> Tensor:
+    def _read(self, name: str, kind: str) -> Tensor:
         info = self._tensors[name]
         state = {name: torch.empty(info.shape, dtype=info.dtype)}
+        metadata = Metadata(state_dict_metadata={name: self._entries[name]}, storage_data=self._places[name])
         with reading(self.path), _quiet():
             try:
-                dcp.load(state, storage_reader=self._reader, no_dist=True)
+                dcp.load(state, storage_reader=_OneTensorReader(self.path, metadata), no_dist=True)
             except dcp.api.CheckpointException as error:  # wraps what went wrong, with its traceback, in one per rank
                 cause = next(iter(error.failures.values()))[0]
                 raise ValueError(f"{self.path}: {name}: {type(cause).__name__}: {cause}") from error

@@ -16,6 +16,7 @@ WEIGHTS_FILE = "pytorch_model.bin"
 SUFFIXES = (".pt", ".pth", ".bin")
 WRAPPERS = ("model", "module", "state_dict")
 """Keys that a file may hold its state dict under."""
+DEEPSPEED_SUFFIXES = ("_model_states.pt", "_optim_states.pt")
 RANK_FILE = "model_optim_rng.pt"
 RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})")
 ITERATION_FOLDER = re.compile(r"iter_(\d{7,})|release")
@@ -37,19 +38,24 @@ class TorchFileSource(WeightSource):
         files = [path]
         if path.suffix == ".json":
             files = sorted({path.parent / name for name in read_index(path).values()})
+        steps = set()
         for file in files:
-            content = load_torch_file(file)
-            state, step = _unwrap(file, content)
+            if file.name.endswith(DEEPSPEED_SUFFIXES):
+                raise ValueError(f"{file}: is a part of a DeepSpeed checkpoint; accepted: the folder, {file.parent}")
+            state, step = _unwrap(file, load_torch_file(file))
             if twice := self._state.keys() & state.keys():
                 raise ValueError(f"{file}: holds {min(twice)}, which another shard holds too")
             self._state |= state
-            self.step = step if self.step is None else self.step
+            steps.add(step)
+        if len(steps) > 1:
+            raise ValueError(f"{path}: its shards are of different steps: {sorted(map(str, steps))}")
+        self.step = steps.pop() if steps else None
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in self._state.items()}
 
-    def read(self, name: str, kind: str | None = None) -> Tensor:
+    def _read(self, name: str, kind: str) -> Tensor:
         return self._state[name].clone()
 
 
@@ -87,7 +93,9 @@ class MegatronRanksSource(WeightSource):
     def __init__(self, path: Path):
         self.path = path = find_iteration(path)
         ranks = {int(m[1]): p for p in path.iterdir() if (m := RANK_FOLDER.fullmatch(p.name))}
-        missing = [rank for rank in range(max(ranks) + 1) if rank not in ranks]
+        if not ranks:
+            raise ValueError(f"{path}: holds no mp_rank_XX folder")
+        missing = [rank for rank in range(max(ranks)) if rank not in ranks]
         if missing:
             raise ValueError(f"{path}: holds the parts of ranks {sorted(ranks)}; mp_rank_{missing[0]:02d} is missing")
         self.world_size = len(ranks)
@@ -104,8 +112,15 @@ class MegatronRanksSource(WeightSource):
         if len(steps) > 1:
             raise ValueError(f"{path}: the ranks' parts are of different steps: {sorted(map(str, steps))}")
         for rank, state in enumerate(self._states):
-            if other := state.keys() ^ self._states[0].keys():
+            first = self._states[0]
+            if other := state.keys() ^ first.keys():
                 raise ValueError(f"{path}: {min(other)} is in the part of rank 0 or {rank}, and not of the other")
+            for name, part in state.items():
+                if (part.shape, part.dtype) != (first[name].shape, first[name].dtype):
+                    raise ValueError(
+                        f"{path}: {name} is {part.dtype} {list(part.shape)} in the part of rank {rank}, "
+                        f"{first[name].dtype} {list(first[name].shape)} in that of rank 0"
+                    )
         self.step = steps.pop()
 
     @property
@@ -118,7 +133,7 @@ class MegatronRanksSource(WeightSource):
             infos[name] = TensorInfo(torch.Size(shape), part.dtype)
         return infos
 
-    def read(self, name: str, kind: str | None = None) -> Tensor:
+    def _read(self, name: str, kind: str) -> Tensor:
         return join_parts(name, [state[name] for state in self._states]).clone()
 
 
@@ -151,9 +166,8 @@ def write_megatron_ranks(folder: Path, source: WeightSource, *, tensor_parallel:
     """
     step = source.step
     name = "release" if step is None else f"iter_{step:07d}"
-    tensors = {key: source.read(key) for key in source.tensors}
-    for rank in range(tensor_parallel):
-        state = {key: take_part(key, tensor, rank, tensor_parallel).clone() for key, tensor in tensors.items()}
+    for rank in range(tensor_parallel):  # reading again costs less than the whole model in memory
+        state = {key: take_part(key, source.read(key), rank, tensor_parallel).clone() for key in source.tensors}
         content = {
             "checkpoint_version": 3.0,
             "iteration": step or 0,

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from model.partition import join_parts
-from model.weights.source import EMA, MODEL, TensorInfo, TrainingState, WeightSource, load_torch_file, reading
+from model.weights.source import (
+    EMA,
+    MODEL,
+    TensorInfo,
+    TrainingState,
+    WeightSource,
+    check_counters,
+    load_torch_file,
+    reading,
+)
 
 ZERO_FOLDER = "zero"
 WEIGHT_KEY = "fp32"
@@ -61,7 +70,7 @@ class UniversalSource(WeightSource):
                 frozen = {name: torch.Size(shape) for name, shape in (states.get("frozen_param_shapes") or {}).items()}
                 alias |= set(states.get("shared_params") or {})
         folders = {p.name: p for p in (path / ZERO_FOLDER).iterdir() if p.is_dir()}
-        missing = [name for name in shapes if not (path / ZERO_FOLDER / name / f"{WEIGHT_KEY}.pt").is_file()]
+        missing = [name for name in shapes if name not in folders or not (folders[name] / f"{WEIGHT_KEY}.pt").is_file()]
         if missing:
             raise ValueError(f"{path}: {ZERO_FOLDER}/{missing[0]}/{WEIGHT_KEY}.pt is missing")
         self._folders = {name: folders[name] for name in shapes}
@@ -76,6 +85,7 @@ class UniversalSource(WeightSource):
         untrained = [name for name in self._modules[0] if name not in shapes and name not in alias]
         self._untrained = {name: self._join(name, frozen.get(name), fragments) for name in untrained}
         self.step = next((states[key] for key in ("step", "global_steps") if isinstance(states.get(key), int)), None)
+        self._state_keys = state_keys
         self.kinds = (MODEL, *sorted(state_keys, key=lambda key: key != EMA))
         self.training_state = None
         optimizer = path / ZERO_FOLDER / OPTIMIZER_FILE
@@ -89,6 +99,7 @@ class UniversalSource(WeightSource):
                 model_states=states,
                 optimizer=settings,
             )
+            check_counters(path, states, self.training_state.updates)
 
     def _join(self, name: str, shape: torch.Size | None, fragments: list[dict]) -> Tensor:
         """Return an untrained tensor. DeepSpeed's converter leaves those of stage 3 cut into ranks' parts, the last padded."""
@@ -117,11 +128,15 @@ class UniversalSource(WeightSource):
         infos = {name: TensorInfo(shape, torch.float32) for name, shape in self._shapes.items()}
         return infos | {name: TensorInfo(t.shape, t.dtype) for name, t in self._untrained.items()}
 
-    def read(self, name: str, kind: str | None = None) -> Tensor:
+    def _read(self, name: str, kind: str) -> Tensor:
         if name not in self._shapes:
             return self._untrained[name].clone()
-        key = WEIGHT_KEY if kind in (None, MODEL) or kind not in self.kinds[1:] else kind
-        return self._load(name, key).reshape(self._shapes[name]).clone()
+        # One that holds nothing but averaged weights has them in the place of the weights.
+        key = kind if kind in self._state_keys else WEIGHT_KEY
+        tensor, shape = self._load(name, key), self._shapes[name]
+        if tensor.numel() != shape.numel():
+            raise ValueError(f"{self._folders[name] / key}.pt: has shape {list(tensor.shape)} instead of {list(shape)}")
+        return tensor.reshape(shape).clone()
 
     def _load(self, name: str, key: str) -> Tensor:
         file = self._folders[name] / f"{key}.pt"

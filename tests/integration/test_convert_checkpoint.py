@@ -1,6 +1,7 @@
 """tools/convert_checkpoint.py on checkpoints of real runs: every format, bit for bit; what is refused leaves nothing."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.checkpoint import ds_to_universal
+from transformers import Qwen2VLForConditionalGeneration
 
 from model.latte_flow import LatteFlowModel
 from model.pipeline import LatteFlowPipeline
@@ -118,7 +120,7 @@ def test_a_universal_checkpoint_holds_the_optimizer_too(runs, tmp_path, name):
         assert [state.model_states[c] for c in counters] == [before.model_states[c] for c in counters]
 
 
-@pytest.mark.parametrize("name", ["couple_zero1_1", "blend_zero3_2"])
+@pytest.mark.parametrize("name", ["couple_zero1_1", "blend_zero2_2"])
 def test_models_and_pipelines_load_every_exported_folder(runs, tmp_path, name):
     """They draw what the checkpoint draws."""
     prompts, options = [3, 1], {"num_steps": 3, "cfg_scale": 2.0, "seed": 5}
@@ -126,7 +128,7 @@ def test_models_and_pipelines_load_every_exported_folder(runs, tmp_path, name):
     expected = from_shards.generate(prompts, **options)
     for to in WEIGHT_FORMATS:
         folder = convert(runs[name].output_dir, tmp_path / to, to=to, **OPTIONS.get(to, {}))
-        model = LatteFlowModel.from_pretrained(folder, dtype=torch.float32)
+        model = LatteFlowModel.from_pretrained(folder)  # float32, though a Blend's frozen weights are bfloat16
         for key, tensor in from_shards.model.state_dict().items():
             assert torch.equal(model.state_dict()[key], tensor), (to, key)
         load = load_pipeline if to == "dcp" else LatteFlowPipeline.from_pretrained
@@ -263,6 +265,23 @@ def test_the_command_line_ends_with_one_line_for_what_is_wrong(runs, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "out"],
+        ["run", "--to", "pt"],
+        ["run", "out", "--inspect"],
+        ["run", "out", "--to", "pt", "--tensors"],
+        ["run", "out", "--to", "pt", "--max_shard_size", "5GB"],
+        ["run", "out", "--to", "pt", "--step", "3", "--tag", "step_0000003"],
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(monkeypatch, arguments):
+    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        convert_checkpoint.main()
+
+
 def test_types_and_the_step_are_chosen(runs, command, tmp_path):
     run = command.train(max_steps=4, checkpoint__every=2, sample__every=0)
     newest, first = (convert(run.output_dir, tmp_path / str(tag), to="pt", tag=tag) for tag in (None, "step_0000002"))
@@ -386,45 +405,98 @@ class TestRefused:
     def test_options_that_do_not_fit(self, runs, tmp_path, options, message):
         self.refuse(runs["couple_zero1_1"].output_dir, tmp_path, message, **options)
 
+    def test_a_bit_of_an_export(self, runs, tmp_path):
+        folder = convert(runs["couple_zero1_1"].output_dir, tmp_path / "export", to="pt")
+        file = folder / "pytorch_model.bin"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        self.refuse(folder, tmp_path, "pytorch_model.bin: has another SHA-256")
+
+    def test_a_part_of_a_deepspeed_checkpoint(self, shards, tmp_path):
+        for file in shards.iterdir():
+            self.refuse(file, tmp_path, f"is a part of a DeepSpeed checkpoint; accepted: the folder, {shards}")
+
+    def test_weights_of_another_step_than_the_shards(self, shards, tmp_path, command):
+        fields = {"max_steps": 1, "checkpoint__every": 1, "sample__every": 0}
+        other = command.train(**fields, **RUNS["blend_zero2_2"])
+        shutil.copy(next(other.checkpoint(1).glob("*model_states.pt")), shards)
+        self.refuse(shards, tmp_path, "the optimizer has done 2 updates, the weights are of step 1, 0 of them skipped")
+
     def test_an_output_that_is_there(self, runs, tmp_path):
         run = runs["couple_zero1_1"].output_dir
-        folder = convert(run, tmp_path / "out", to="pt")
+        folder = convert(run, tmp_path / "out", to="deepspeed-universal")
         with pytest.raises(UserError, match="exists; accepted: a new folder, or --force"):
             convert(run, folder, to="dcp")
-        assert open_weights(folder).format == "pt"
         convert(run, folder, to="dcp", force=True)
         assert open_weights(folder).format == "dcp"
-        assert not list(tmp_path.glob("out.*"))
-        (tmp_path / "precious").mkdir()
-        (tmp_path / "precious" / "thesis.tex").write_text("...")
-        with pytest.raises(UserError, match="is no folder that a conversion has written"):
-            convert(run, tmp_path / "precious", to="pt", force=True)
-        with pytest.raises(UserError, match="looks like a file; accepted: a folder"):
-            convert(run, tmp_path / "model.safetensors", to="safetensors")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        inside = convert(run, tmp_path / "above" / "inside", to="pt")
+        for path, output, message in [
+            (folder, folder, "holds the input"),
+            (inside, inside.parent, "holds the input"),
+            (run, run / "checkpoints" / "step_0000099", "is among the checkpoints of a run"),
+            (folder, folder / "tokenizer" / "out", r"lies in .*, which travels along"),
+            (run, tmp_path / "model.safetensors", "looks like a file; accepted: a folder"),
+            (run, runs["blend_zero2_2"].output_dir, "is no folder that a conversion has written"),
+        ]:
+            with pytest.raises(UserError, match=message):
+                convert(path, output, to="pt", force=True)
+        (folder / "tokenizer" / "thesis.tex").write_text("...")
+        with pytest.raises(UserError, match="holds more than a conversion has written: tokenizer/thesis.tex"):
+            convert(run, folder, to="pt", force=True)
+        assert open_weights(folder).format == "dcp"
 
     def test_a_full_disk_and_a_kill_leave_what_there_was(self, runs, tmp_path, monkeypatch):
         run = runs["couple_zero1_1"].output_dir
         folder = convert(run, tmp_path / "out", to="pt")
         before = (folder / "pytorch_model.bin").read_bytes()
+        replace = os.replace
 
         def full(*args, **kwargs):
             raise OSError(28, "No space left on device")
 
+        def not_into_place(source, target):
+            if Path(target) == folder and "-old" not in Path(source).name:
+                full()
+            replace(source, target)
+
+        for name, failing in (("convert.write_safetensors", full), ("output_folder.os.replace", not_into_place)):
+            with monkeypatch.context() as patch:
+                patch.setattr(f"tools.conversion.{name}", failing)
+                with pytest.raises(UserError, match=r"out was not written: .*No space left on device"):
+                    convert(run, folder, to="safetensors", force=True)
         with monkeypatch.context() as patch:
-            patch.setattr("tools.conversion.convert.write_safetensors", full)
-            with pytest.raises(UserError, match=r"could not be written: .*No space left on device"):
-                convert(run, folder, to="safetensors", force=True)
             patch.setattr("tools.conversion.convert.shutil.disk_usage", lambda path: Namespace(free=1000))
             with pytest.raises(UserError, match=r"output: it needs .* GiB, .* has .* GiB free"):
                 convert(run, tmp_path / "new", to="safetensors")
         assert (folder / "pytorch_model.bin").read_bytes() == before
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
-        partial = tmp_path / "killed.partial"
-        partial.mkdir()
-        (partial / "model.safetensors").write_text("half")
+        dead = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True).stdout.strip()
+        killed = tmp_path / f"killed.partial-{os.uname().nodename}-{dead}"
+        for left in (killed, tmp_path / "killed.partial", tmp_path / "killed.old"):
+            left.mkdir()
+            (left / "model.safetensors").write_text("half")
         convert(run, tmp_path / "killed", to="pt")
-        assert not partial.exists()
+        assert {path.name for path in tmp_path.iterdir()} == {"out", "killed", "killed.partial", "killed.old"}
         assert not (tmp_path / "killed" / "model.safetensors").exists()
+
+    @pytest.mark.parametrize("name", ["couple_zero1_1", "blend_zero2_2"])
+    def test_a_vlm_that_is_written_wrongly_is_not_kept(self, runs, tmp_path, monkeypatch, name):
+        save = Qwen2VLForConditionalGeneration.save_pretrained
+
+        def wrong(self, *args, **kwargs):
+            self.model.visual.merger.ln_q.weight.data[0] += 1
+            save(self, *args, **kwargs)
+
+        monkeypatch.setattr(Qwen2VLForConditionalGeneration, "save_pretrained", wrong)
+        self.refuse(
+            runs[name].output_dir,
+            tmp_path,
+            "verify: model.visual.merger.ln_q.weight was not",
+            to="qwen2-vl",
+            verify=True,
+        )
 
 
 PEAK = """
@@ -457,8 +529,8 @@ print("grew", peak - before)
 def test_one_shard_at_a_time_is_in_memory(command, tmp_path):
     """What a conversion needs beside memory-mapped files grows with the largest shard, not with the model (3 shards and more)."""
     run = command.train(
-        ranks=2, max_steps=1, sample__every=0, global_batch_size=8, vlm__tiny__hidden_size=256,
-        vlm__tiny__intermediate_size=768,
+        ranks=2, zero="zero3", max_steps=1, sample__every=0, global_batch_size=8, vlm__tiny__hidden_size=256,
+        vlm__tiny__intermediate_size=768, model__variant="blend",
     )  # fmt: skip
     script = tmp_path / "peak.py"
     script.write_text(PEAK)

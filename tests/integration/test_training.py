@@ -258,7 +258,10 @@ def test_another_vlm_under_the_same_path_is_refused(command, vlm_folder, tmp_pat
     save_file({name: tensor * 1.01 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     again = command.train(vlm__path=folder, max_steps=3, sample__every=0, output_dir=run.output_dir, code=None)
     assert again.finished.code == 2
-    assert f"error: vlm.path: {folder} is not the VLM that {run.output_dir} was started with" in again.finished.output
+    assert (
+        f"error: vlm.path: {folder} is not the VLM that {run.output_dir / 'model'} was trained with"
+        in again.finished.output
+    )
     drawn = command.sample(run.output_dir, code=None)
     assert drawn.finished.code == 2
     assert "is not the VLM that this model was trained with" in drawn.finished.output

@@ -316,12 +316,16 @@ class TestSaveAndLoad:
             saved = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
         assert saved == count([model])
 
-    def test_missing_weights_get_their_initial_values(self, small_vlm, tmp_path):
-        """A checkpoint without gates, loaded into a model that has them, starts from gates of zero and keeps the rest."""
+    def test_missing_weights_are_refused_in_a_folder_and_get_initial_values_from_a_state_dict(
+        self, small_vlm, tmp_path
+    ):
+        """Weights without gates, loaded into a model that has them, start from gates of zero and keep the rest."""
         model = make_model(small_vlm, num_groups=1, residual_attention=False)
         model.config.residual_attention = True
         model.save_pretrained(tmp_path)
-        loaded = LatteFlowModel.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"weights: 3 missing: layers\.1\.residual_gate\.weight"):
+            LatteFlowModel.from_pretrained(tmp_path)
+        loaded = LatteFlowModel.from_pretrained(None, config=model.config, state_dict=model.state_dict())
         assert not any(layer.residual_gate.weight.any() for layer in loaded.layers[1:])
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, loaded.get_parameter(name)), name

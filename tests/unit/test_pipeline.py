@@ -152,8 +152,39 @@ class TestCall:
             ({"num_images_per_prompt": 0}, "num_images_per_prompt: nothing to draw"),
             ({"seed": -1}, "seed: got -1; accepted: 0 to"),
             ({"solver": "rk4"}, "solver: 'rk4' is unknown; accepted values: euler, heun"),
+            ({"prompt": [True]}, "prompt: got True; accepted: a caption, or the index of a class"),
+            ({"prompt": [0.5]}, "prompt: got 0.5; accepted: a caption, or the index of a class"),
+            ({"prompt": np.int64(3)}, "classes: 3 is no class of this model; accepted: none, this model takes prompts"),
         ],
     )
     def test_wrong_arguments_are_named(self, pipeline, arguments, message):
         with pytest.raises(ValueError, match=message):
-            pipeline("a red square", **arguments)
+            pipeline(**{"prompt": "a red square"} | arguments)
+
+
+def test_what_cannot_be_asked_is_named(pipeline):
+    with pytest.raises(ValueError, match=r"question: got 'Is <\|image_pad\|> a word\?'; accepted: a text without"):
+        pipeline.ask(picture("red"), "Is <|image_pad|> a word?")
+    with pytest.raises(ValueError, match="image: got a str; accepted: a PIL image, or None"):
+        pipeline.ask("red.png", QUESTION)
+
+
+def test_what_a_conversion_has_written_is_not_written_over(pipeline, tmp_path):
+    (tmp_path / "export.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds an export \(export.json\); accepted: another folder"):
+        pipeline.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"resolution": 4, "colour": "red"}'])
+def test_a_damaged_description_is_named(pipeline, tmp_path, content):
+    pipeline.save_pretrained(tmp_path)
+    (tmp_path / "pipeline.json").write_text(content)
+    with pytest.raises(ValueError, match=r"pipeline\.json: damaged"):
+        LatteFlowPipeline.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_tokenizer_is_refused_without_asking_the_hub(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer").rename(tmp_path / "gone")
+    with pytest.raises(ValueError, match="tokenizer not found; accepted: an exported model folder"):
+        LatteFlowPipeline.from_pretrained(tmp_path)

@@ -50,6 +50,15 @@ def test_the_named_one_is_left_as_soon_as_there_are_own_checkpoints(tmp_path, ot
     assert start(later, other / "checkpoints" / "step_0000001") is None
 
 
+def test_a_converted_checkpoint_is_no_output_dir(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "export.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"output_dir: .* is a converted checkpoint; accepted: another folder, with --resume"
+    ):
+        check_output_dir(parse_config(["--output_dir", str(tmp_path)]))
+
+
 def test_auto_and_never(tmp_path, other):
     for resume in ("auto", "never"):
         assert start(tmp_path / "run", resume) is None

@@ -57,7 +57,13 @@ class InMemory(WeightSource):
                 shapes={name: weights[name].shape for name in states},
                 state_keys=keys,
                 updates=updates,
-                model_states={"step": 7, "global_steps": 7, "shared_params": {}, "frozen_param_shapes": {}},
+                model_states={
+                    "step": 7,
+                    "global_steps": 7,
+                    "skipped_steps": 7 - updates,
+                    "shared_params": {},
+                    "frozen_param_shapes": {},
+                },
                 optimizer={"param_groups": [{"lr": 0.1}], "ds_version": "0.19.8"},
             )
 
@@ -65,7 +71,7 @@ class InMemory(WeightSource):
     def tensors(self):
         return {name: TensorInfo(t.shape, t.dtype) for name, t in self._weights.items()}
 
-    def read(self, name, kind=None):
+    def _read(self, name, kind):
         return self._states.get(name, {}).get(kind, self._weights[name])
 
 
@@ -392,6 +398,39 @@ class TestRefused:
         (folder / "mp_rank_00").rename(folder / "mp_rank_01")
         with pytest.raises(ValueError, match=r"parts of ranks \[1\]; mp_rank_00 is missing"):
             open_weights(folder)
+
+    def test_ranks_whose_parts_have_other_shapes_or_types(self, weights, tmp_path):
+        WRITERS["megatron-tp"](tmp_path, InMemory(weights))
+        file = tmp_path / "iter_0000007" / "mp_rank_01" / "model_optim_rng.pt"
+        content = torch.load(file, weights_only=True)
+        name = "layers.0.mlp.gate_proj.weight"
+        for changed in (content["model"][name][:3], content["model"][name].half()):
+            torch.save(content | {"model": content["model"] | {name: changed}}, file)
+            with pytest.raises(ValueError, match=rf"{name} is .* in the part of rank 1, .* in that of rank 0"):
+                open_weights(tmp_path)
+
+    def test_a_kind_that_is_not_there(self, weights, tmp_path):
+        for name, write in WRITERS.items():
+            folder = tmp_path / name
+            folder.mkdir()
+            write(folder, InMemory(weights))
+            with pytest.raises(ValueError, match="holds no exp_avg; accepted: model"):
+                open_weights(folder).read("image_io.0.head.weight", "exp_avg")
+
+    def test_a_safetensors_file_knows_its_kind_anywhere(self, weights, tmp_path):
+        write_safetensors(tmp_path, InMemory(weights), max_shard_size=None, metadata={"weights": "ema", "step": "3"})
+        (tmp_path / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+        source = open_weights(tmp_path)
+        assert (source.kinds, source.step) == (("ema",), 3)
+
+    def test_torch_shards_of_several_steps(self, weights, tmp_path):
+        names = sorted(weights)
+        for number, part in enumerate((names[::2], names[1::2]), start=3):
+            torch.save({"model": {n: weights[n] for n in part}, "step": number}, tmp_path / f"{number}.bin")
+        index = {"weight_map": {n: f"{3 + i % 2}.bin" for i, n in enumerate(names)}}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=r"its shards are of different steps: \['3', '4'\]"):
+            open_weights(tmp_path)
 
     def test_a_number_of_ranks_that_does_not_divide_a_tensor(self, weights, tmp_path):
         with pytest.raises(ValueError, match=r"tensor_parallel: 3 does not divide dimension 0 of .*q_proj"):

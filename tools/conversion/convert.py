@@ -1,7 +1,7 @@
 """One checkpoint into another format: matched with its network, written aside, read back, renamed."""
 
 import json
-import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +11,6 @@ from model.configuration import LatteFlowConfig
 from model.latte_flow import LatteFlowModel
 from model.partition import check_tensor_parallel
 from model.pipeline import PIPELINE_FILE
-from model.vlm import load_vlm
 from model.weights.matching import MatchedSource
 from model.weights.recognise import open_weights
 from model.weights.safetensors_files import write_safetensors
@@ -19,7 +18,8 @@ from model.weights.source import EMA, EXPORT_FILE, MODEL, WeightSource
 from model.weights.torch_dcp import write_dcp, write_megatron_dist
 from model.weights.torch_files import write_megatron_ranks, write_torch_file
 from model.weights.universal import write_universal
-from tools.conversion.qwen2_vl import PREFIX, write_qwen2_vl
+from tools.conversion.output_folder import check_output, make_partial_folder, replace
+from tools.conversion.qwen2_vl import compare_qwen2_vl, write_qwen2_vl
 from training.checkpoint_manifest import describe_file
 from training.durable import sync_folder, write_synced
 from training.errors import UserError
@@ -36,7 +36,7 @@ FORMATS = (
     "qwen2-vl",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PARTIAL_SUFFIX = ".partial"
+SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]?i?B", re.IGNORECASE)
 COMPONENTS = ("config.json", PIPELINE_FILE, "tokenizer", "vlm", "config.yaml")
 """What travels along, where it is there."""
 
@@ -63,41 +63,28 @@ def convert(
     Raises:
         UserError: when an argument or the input does not fit; nothing has been written then.
     """
-    target = Path(output)
-    if target.suffix in (".safetensors", ".pt", ".bin", ".pth"):
-        raise UserError(
-            f"output: {target} looks like a file; accepted: a folder, which the weights' file is written into"
-        )
-    if target.exists() and not force:
-        raise UserError(f"output: {target} exists; accepted: a new folder, or --force to replace it")
-    if target.exists() and (not target.is_dir() or (not (target / EXPORT_FILE).is_file() and any(target.iterdir()))):
-        raise UserError(f"output: {target} is no folder that a conversion has written; it is not replaced")
+    target = Path(output).resolve()
+    check_output(target, Path(path).resolve(), force=force)
+    if not SHARD_SIZE.fullmatch(max_shard_size):
+        raise UserError(f"max_shard_size: got {max_shard_size!r}; accepted: such as 5GB or 200MB")
     opened = open_checkpoint(Path(path), tag=tag, model_folder=model_folder and Path(model_folder))
-    partial = target.with_name(target.name + PARTIAL_SUFFIX)
+    if opened.components is not None and target.is_relative_to(opened.components.resolve()):
+        raise UserError(f"output: {target} lies in {opened.components}, which travels along; accepted: another place")
     try:
         source, config = match(opened, weights=weights, dtype=dtype, to=to, tensor_parallel=tensor_parallel)
-        _check_space(target.resolve().parent, source)
-        shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
-        partial.mkdir(parents=True)
+        _check_space(target.parent, source)
+        partial = make_partial_folder(target)
         try:
-            write(
-                partial,
-                source,
-                config,
-                opened,
-                to=to,
-                dtype=dtype,
-                max_shard_size=max_shard_size,
-                ranks=tensor_parallel,
-            )
+            options = {"to": to, "dtype": dtype, "max_shard_size": max_shard_size, "ranks": tensor_parallel}
+            write(partial, source, config, opened, **options)
             if verify:
-                _verify(partial, source, config, to)
+                _verify(partial, source, config, opened, to)
             _finish(partial, source, opened, to)
-            _replace(partial, target)
+            replace(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"output: {target} could not be written: {error}") from error
+        raise UserError(f"output: {target} was not written: {error}") from error
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
     kinds = "weights and optimizer state" if source.training_state else f"weights ({source.kinds[0]})"
@@ -147,12 +134,12 @@ def load_network_config(folder: Path) -> LatteFlowConfig:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         kind = settings.get("model_type")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file}: damaged ({error})") from error
-    if kind != LatteFlowConfig.model_type:
-        raise ValueError(f"{file}: describes a {kind} model; accepted: {LatteFlowConfig.model_type}")
-    # How attention is computed is this machine's matter.
-    return LatteFlowConfig.from_dict(settings | {"attention_backend": "auto"})
+        if kind != LatteFlowConfig.model_type:
+            raise ValueError(f"describes a {kind} model; accepted: {LatteFlowConfig.model_type}")
+        # How attention is computed is this machine's matter.
+        return LatteFlowConfig.from_dict(settings | {"attention_backend": "auto"})
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def write(
@@ -207,18 +194,14 @@ def _check_space(folder: Path, source: WeightSource) -> None:
         raise UserError(f"output: it needs {needed / 2**30:.3g} GiB, {folder} has {free / 2**30:.3g} GiB free")
 
 
-def _verify(folder: Path, source: MatchedSource, config: LatteFlowConfig, to: str) -> None:
+def _verify(folder: Path, source: MatchedSource, config: LatteFlowConfig, opened: OpenedCheckpoint, to: str) -> None:
     """Read back what was written and compare every tensor, bit for bit.
 
     Raises:
         ValueError: names the first that differs.
     """
     if to == "qwen2-vl":
-        vlm, _ = load_vlm(folder, dtype=None)
-        names = [name for name in source.tensors if name.startswith(PREFIX)]
-        own = vlm.state_dict()
-        # The VLM has one type; frozen weights may have had a smaller one.
-        pairs = ((name, own[name.removeprefix(PREFIX)], source.read(name).to(vlm.dtype)) for name in names)
+        pairs = compare_qwen2_vl(folder, source, config, opened.components)
     else:
         written = open_weights(folder)
         kinds = source.kinds if source.training_state else (None,)
@@ -245,14 +228,3 @@ def _finish(folder: Path, source: MatchedSource, opened: OpenedCheckpoint, to: s
     write_synced(folder / EXPORT_FILE, json.dumps(record, indent=1).encode())
     for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
         sync_folder(path)
-
-
-def _replace(partial: Path, target: Path) -> None:
-    """Give a complete folder its name; one that was there is removed only when the new one has it."""
-    old = target.with_name(target.name + ".old")
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
-    os.replace(partial, target)
-    sync_folder(target.resolve().parent)
-    shutil.rmtree(old, ignore_errors=True)

@@ -17,7 +17,7 @@ def inspect(path: str, *, tag: str | None = None, model_folder: str | None = Non
         model_folder: where config.json is, when not beside the weights.
         tensors: whether every tensor's type and shape is listed too.
     """
-    opened = open_checkpoint(Path(path), tag=tag, model_folder=model_folder and Path(model_folder))
+    opened = open_checkpoint(Path(path), tag=tag, model_folder=model_folder and Path(model_folder), contents=False)
     source = opened.source
     infos = source.tensors
     dtypes: dict[str, int] = {}

@@ -1,17 +1,18 @@
 """The understanding path as a stock Qwen2-VL folder: transformers loads it with no code of ours."""
 
-import json
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from model.configuration import LatteFlowConfig
-from model.pipeline import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER
+from model.pipeline import TOKENIZER_FOLDER, VLM_FOLDER, PipelineConfig
 from model.vlm import checkpoint_folder, fingerprint, load_vlm
 from model.weights.matching import load_weights
-from model.weights.source import WeightSource
+from model.weights.source import TensorInfo, WeightSource
 
 PREFIX = "vlm."
 """Of the VLM's weights in a Blend model."""
@@ -42,17 +43,59 @@ def write_qwen2_vl(
     if not (components / TOKENIZER_FOLDER).is_dir():
         raise ValueError(f"{components / TOKENIZER_FOLDER} not found; a Qwen2-VL folder needs the tokenizer")
     if config.variant == "blend":
-        weights = {name.removeprefix(PREFIX): source.read(name) for name in source.tensors if name.startswith(PREFIX)}
-        vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
+        part = _VlmPart(source)
         if dtype is None:
-            dtype = max((t.dtype for t in weights.values()), key=lambda d: d.itemsize)
-        load_weights(vlm.to(dtype), weights)
+            dtype = max((info.dtype for info in part.tensors.values()), key=lambda d: d.itemsize)
+        vlm = AutoModelForImageTextToText.from_config(config.vlm_config, dtype=dtype)
+        load_weights(vlm, part)
     else:
-        settings = json.loads((components / PIPELINE_FILE).read_text(encoding="utf-8"))
-        path = settings["vlm_path"] or components / VLM_FOLDER
-        vlm, _ = load_vlm(path, dtype=dtype, tokenizer_path=components / TOKENIZER_FOLDER)
-        expected = settings["vlm_fingerprint"]
-        if expected and fingerprint(checkpoint_folder(path)) != expected:
-            raise ValueError(f"vlm_path: {path} is not the VLM that this model was trained with (fingerprint differs)")
+        vlm = _load_frozen(components, dtype)
     vlm.save_pretrained(folder, max_shard_size=max_shard_size)
     shutil.copytree(components / TOKENIZER_FOLDER, folder, dirs_exist_ok=True)
+
+
+def compare_qwen2_vl(
+    folder: Path, source: WeightSource, config: LatteFlowConfig, components: Path
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield (name, what is in a folder, what should be there) for every weight of the VLM that ``write_qwen2_vl`` wrote."""
+    written, _ = load_vlm(folder)
+    own = written.state_dict(keep_vars=True)
+    if config.variant == "blend":
+        expected: WeightSource | dict[str, Tensor] = _VlmPart(source)
+        names = list(expected.tensors)
+        read = expected.read
+    else:
+        frozen = _load_frozen(components, None).state_dict(keep_vars=True)
+        names, read = list(frozen), frozen.__getitem__
+    for name in names:
+        # The folder has one type; frozen weights of a Blend may have had a smaller one.
+        yield name, own[name].detach(), read(name).detach().to(written.dtype)
+
+
+def _load_frozen(components: Path, dtype: torch.dtype | None):
+    """Return the VLM of a Couple model."""
+    settings = PipelineConfig.load(components)
+    path = settings.vlm_path or components / VLM_FOLDER
+    vlm, _ = load_vlm(path, dtype=dtype, tokenizer_path=components / TOKENIZER_FOLDER)
+    if settings.vlm_fingerprint and fingerprint(checkpoint_folder(path)) != settings.vlm_fingerprint:
+        raise ValueError(f"vlm_path: {path} is not the VLM that this model was trained with (fingerprint differs)")
+    return vlm
+
+
+class _VlmPart(WeightSource):
+    """The VLM's weights in a Blend model, under their names in the VLM."""
+
+    format = "vlm"
+
+    def __init__(self, source: WeightSource):
+        self.path, self.kinds, self._source = source.path, source.kinds, source
+        self._tensors = {
+            name.removeprefix(PREFIX): info for name, info in source.tensors.items() if name.startswith(PREFIX)
+        }
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._tensors
+
+    def _read(self, name: str, kind: str) -> Tensor:
+        return self._source.read(PREFIX + name, kind)
