@@ -443,7 +443,7 @@ class TestRefused:
             with pytest.raises(UserError, match=message):
                 convert(path, output, to="pt", force=True)
         (folder / "tokenizer" / "thesis.tex").write_text("...")
-        with pytest.raises(UserError, match="holds more than a conversion has written: tokenizer/thesis.tex"):
+        with pytest.raises(UserError, match=r"holds more than a conversion has written: tokenizer/thesis.tex"):
             convert(run, folder, to="pt", force=True)
         assert open_weights(folder).format == "dcp"
 
