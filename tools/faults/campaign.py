@@ -383,7 +383,11 @@ def _check_signal(start: Start, run: Path, events: list[dict], number: int, resu
     fault, say = start.fault, result.problems.append
     what = f"{fault.action}, {fault.moment}, step {fault.step}"
     if fault.action in LEAVES:
-        if any(e["event"] == "past" for e in events):
+        ranks = {e["pid"] for e in events if e["event"] == "start"}  # a data worker ends when its batch is done
+        if any(
+            (e["event"] == "past" and e["pid"] in ranks) or (e["event"] == "train" and e["step"] > fault.step)
+            for e in events
+        ):
             say(f"{what}: the run went on")
         if start.exit_code != 128 + _number(fault):
             say(f"{what}: exit code {start.exit_code} instead of {128 + _number(fault)}")
