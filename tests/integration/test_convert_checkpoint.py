@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.checkpoint import ds_to_universal
+from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 from transformers import Qwen2VLForConditionalGeneration
 
 from model.latte_flow import LatteFlowModel
@@ -263,6 +264,18 @@ def test_the_command_line_ends_with_one_line_for_what_is_wrong(runs, tmp_path):
     assert done.returncode == 2
     assert re.search(r"^error: .*nothing: not found; accepted: a training output_dir", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("name", "safe"), [("couple_zero3_4", True), ("blend_zero3_2", False)])
+def test_what_deepspeeds_zero_to_fp32_writes_is_read(runs, tmp_path, name, safe):
+    """Shards with an index, of safetensors or torch.save; tied weights under both their names."""
+    checkpoint = checkpoint_of(runs, name)
+    convert_zero_checkpoint_to_fp32_state_dict(
+        str(checkpoint.parent), str(tmp_path), max_shard_size="150KB", safe_serialization=safe, tag=checkpoint.name
+    )
+    shutil.copy(runs[name].output_dir / "model" / "config.json", tmp_path)
+    folder = convert(tmp_path, tmp_path.with_name(f"{tmp_path.name}_converted"), to="safetensors", verify=True)
+    assert_holds(folder, canonical(read_weights(checkpoint, "model")))
 
 
 @pytest.mark.parametrize(
