@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -201,5 +202,5 @@ def _empty_model_states(step: int | None) -> dict:
         "global_steps": step or 0,
         "global_samples": 0,
         "skipped_steps": 0,
-        "ds_version": "0.19.8",
+        "ds_version": version("deepspeed"),
     }
