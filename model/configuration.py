@@ -1,6 +1,8 @@
 """LatteFlowConfig: everything that defines the network, with the paper's values (or our decided ones) as defaults."""
 
+import json
 import math
+from pathlib import Path
 from typing import Literal
 
 from transformers import AutoConfig, PretrainedConfig
@@ -179,3 +181,21 @@ class LatteFlowConfig(PretrainedConfig):
 
 
 AutoConfig.register(LatteFlowConfig.model_type, LatteFlowConfig)
+
+
+def load_network_config(folder: Path) -> LatteFlowConfig:
+    """Return the network's configuration in a model folder.
+
+    Raises:
+        ValueError: when it is of another kind of model, or damaged.
+    """
+    file = folder / "config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        kind = settings.get("model_type")
+        if kind != LatteFlowConfig.model_type:
+            raise ValueError(f"describes a {kind} model; accepted: {LatteFlowConfig.model_type}")
+        # How attention is computed is this machine's matter.
+        return LatteFlowConfig.from_dict(settings | {"attention_backend": "auto"})
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file}: {error}") from error

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from model.autoencoder import LatentCodec, load_codec
-from model.configuration import LatteFlowConfig
+from model.configuration import load_network_config
 from model.context import Context, encode_context, tokenize_prompts, truncate_prompts
 from model.images import to_uint8
 from model.latte_flow import LatteFlowModel
@@ -36,7 +36,7 @@ from model.sampling import image_seeds, initial_noise, sample_latents
 from model.vlm import checkpoint_folder, fingerprint, load_image_processor, load_vlm
 from model.weights.matching import load_weights
 from model.weights.recognise import open_weights
-from model.weights.source import EXPORT_FILE
+from model.weights.source import EXPORT_FILE, WeightSource
 
 PIPELINE_FILE = "pipeline.json"
 VLM_FOLDER = "vlm"
@@ -115,7 +115,7 @@ class LatteFlowPipeline:
         cls,
         folder: str | Path,
         *,
-        weights: dict[str, Tensor] | None = None,
+        weights: dict[str, Tensor] | WeightSource | None = None,
         kind: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "LatteFlowPipeline":
@@ -123,9 +123,8 @@ class LatteFlowPipeline:
 
         Args:
             folder: what ``save_pretrained`` wrote.
-            weights: the network's state dict; None reads it from the folder, in whatever format it is: the averaged weights
-                where there are several.
-            kind: ``model`` or ``ema``, of a folder that holds both.
+            weights: the network's state dict, or where to read one; None for the folder's own, in whatever format they are.
+            kind: ``model`` or ``ema``, of weights that hold both; None for the averaged ones.
             dtype: the type of all networks; None for float32.
 
         Raises:
@@ -139,9 +138,7 @@ class LatteFlowPipeline:
             raise ValueError(f"{folder / TOKENIZER_FOLDER} not found; accepted: an exported model folder")
         if weights is None:
             weights = open_weights(folder)
-        # How attention is computed is this machine's matter, not that of the one that trained.
-        settings = LatteFlowConfig.get_config_dict(folder)[0] | {"attention_backend": "auto"}
-        model = LatteFlowModel(LatteFlowConfig.from_dict(settings))
+        model = LatteFlowModel(load_network_config(folder))
         load_weights(model, weights, kind or (None if isinstance(weights, dict) else weights.default_kind))
         tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER_FOLDER)
         if model.config.variant == "blend":

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from model.weights.recognise import open_weights
 from training.checkpoint_io import DeferringCheckpointEngine, TolerantCheckpointEngine, safe_unpickling
 from training.checkpoint_manifest import (
+    LATEST,
     MANIFEST,
     OWN_DIGEST,
     PARTIAL_SUFFIX,
@@ -37,8 +38,6 @@ from training.elastic import load_resharded
 from training.errors import UserError
 from training.zero import layout, master_shards
 from training.zero_source import ZeroSource
-
-LATEST = "latest"
 
 
 class CheckpointStore:

@@ -15,6 +15,8 @@ from training.errors import UserError
 from training.zero_shards import MODEL_SUFFIX, OPTIMIZER_SUFFIX
 
 MANIFEST = "manifest.json"
+LATEST = "latest"
+"""DeepSpeed's file that names the newest checkpoint of a folder."""
 PARTIAL_SUFFIX = ".partial"
 """Of a folder that is being written."""
 STEP_FOLDER = re.compile(r"step_\d{7,}")

@@ -1,6 +1,5 @@
 """The parts of a run: the VLM, its tokenizer, the codec, the network's configuration, and the optimizer's parameter groups."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -84,7 +83,7 @@ def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
     is_folder = config.vlm.path is not None and Path(config.vlm.path).is_dir()
     vlm_fingerprint = None if config.vlm.path is None else fingerprint(checkpoint_folder(config.vlm.path))
     if (saved / PIPELINE_FILE).is_file():
-        trained_with = json.loads((saved / PIPELINE_FILE).read_text())["vlm_fingerprint"]
+        trained_with = PipelineConfig.load(saved).vlm_fingerprint
         if trained_with != vlm_fingerprint:
             raise UserError(
                 f"vlm.path: {config.vlm.path} is not the VLM that {saved} was trained with (fingerprint differs)"

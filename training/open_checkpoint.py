@@ -5,14 +5,11 @@ from pathlib import Path
 
 from model.weights.recognise import open_weights
 from model.weights.source import EXPORT_FILE, WeightSource, read_export_record
-from training.checkpoint_manifest import MANIFEST, STEP_FOLDER, check_files
+from training.checkpoint_manifest import LATEST, MANIFEST, STEP_FOLDER, check_files
 from training.errors import UserError
 from training.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, MODEL_FOLDER
 from training.trained_weights import find_checkpoint
 from training.zero_source import SHARDS, ZeroSource
-
-LATEST = "latest"
-"""DeepSpeed's file that names the newest tag, in folders that were not written by this framework."""
 
 
 @dataclass(frozen=True)

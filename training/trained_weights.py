@@ -58,8 +58,9 @@ def load_pipeline(
     """
     try:
         if (path / PIPELINE_FILE).is_file():
-            kind = weights if weights in open_weights(path).kinds else None
-            return LatteFlowPipeline.from_pretrained(path, kind=kind, dtype=dtype)
+            source = open_weights(path)
+            kind = weights if weights in source.kinds else None
+            return LatteFlowPipeline.from_pretrained(path, weights=source, kind=kind, dtype=dtype)
         if (path / EXPORT_FILE).is_file():
             raise UserError(f"{path}: holds weights, and no {PIPELINE_FILE}, which a pipeline needs")
         checkpoint = path if verified else find_checkpoint(path)

@@ -6,7 +6,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.weights.source import EMA, MODEL, TensorInfo, TrainingState, WeightSource, reading
+from model.weights.source import (
+    EMA,
+    MODEL,
+    TensorInfo,
+    TrainingState,
+    WeightSource,
+    kinds_of_training,
+    reading,
+    trained_step,
+)
 from training.checkpoint_io import safe_unpickling
 from training.ema import EMA_KEY
 from training.zero_shards import OPTIMIZER_SUFFIX, ZeroShards
@@ -33,8 +42,8 @@ class ZeroSource(WeightSource):
         states = shards.model_states
         self.format = f"deepspeed-zero-{shards.stage}"
         self.world_size = shards.world_size
-        self.step = next((states[k] for k in ("step", "global_steps") if isinstance(states.get(k), int)), None)
-        self.kinds = (MODEL, *sorted(shards.state_keys, key=lambda key: key != EMA_KEY))
+        self.step = trained_step(states)
+        self.kinds = kinds_of_training(shards.state_keys)
         self.training_state = TrainingState(
             shapes=shards.shapes,
             state_keys=shards.state_keys,

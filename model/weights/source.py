@@ -7,7 +7,7 @@ SHA-256. Files that other programs wrote have none, and are read all the same.
 import json
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +133,16 @@ def check_export_sizes(folder: Path, record: dict) -> None:
             raise ValueError(f"{file}: is missing, but {EXPORT_FILE} names it")
         if file.stat().st_size != entry["bytes"]:
             raise ValueError(f"{file}: has {file.stat().st_size} bytes instead of {entry['bytes']}")
+
+
+def trained_step(model_states: Mapping) -> int | None:
+    """Return the step that DeepSpeed's file of counters is of: the trainer's, or DeepSpeed's own."""
+    return next((model_states[key] for key in ("step", "global_steps") if isinstance(model_states.get(key), int)), None)
+
+
+def kinds_of_training(state_keys: Sequence[str]) -> tuple[str, ...]:
+    """Return the kinds of tensors of a checkpoint with an optimizer's states: the weights, their average, the others."""
+    return (MODEL, *sorted(state_keys, key=lambda key: key != EMA))
 
 
 def check_counters(path: Path, model_states: Mapping, updates: int) -> None:

@@ -7,7 +7,8 @@ import json
 import logging
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -146,16 +147,14 @@ def write_megatron_dist(folder: Path, source: WeightSource) -> None:
     (folder / MEGATRON_FILE).write_text(json.dumps(MEGATRON_CONFIG))
 
 
-class _quiet:
-    """Keeps DCP from announcing that there is only one process, which is meant."""
-
-    def __enter__(self):
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep DCP from announcing that there is only one process, which is meant."""
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        self._disabled = logging.root.manager.disable
         logging.disable(logging.INFO)
-
-    def __exit__(self, *error):
-        logging.disable(self._disabled)
-        self._warnings.__exit__(*error)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)

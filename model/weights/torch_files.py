@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.partition import join_parts, partition_dim, take_part
+from model.partition import join_parts, take_part, whole_shape
 from model.weights.safetensors_files import read_index
 from model.weights.source import TensorInfo, WeightSource, load_torch_file
 
@@ -125,13 +125,10 @@ class MegatronRanksSource(WeightSource):
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        infos = {}
-        for name, part in self._states[0].items():
-            shape, dim = list(part.shape), partition_dim(name)
-            if dim is not None:
-                shape[dim] *= self.world_size
-            infos[name] = TensorInfo(torch.Size(shape), part.dtype)
-        return infos
+        return {
+            name: TensorInfo(whole_shape(name, part.shape, self.world_size), part.dtype)
+            for name, part in self._states[0].items()
+        }
 
     def _read(self, name: str, kind: str) -> Tensor:
         return join_parts(name, [state[name] for state in self._states]).clone()

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from model.partition import join_parts
 from model.weights.source import (
-    EMA,
     MODEL,
     TensorInfo,
     TrainingState,
     WeightSource,
     check_counters,
+    kinds_of_training,
     load_torch_file,
     reading,
+    trained_step,
 )
 
 ZERO_FOLDER = "zero"
@@ -85,10 +86,9 @@ class UniversalSource(WeightSource):
         state_keys = tuple(p.stem for p in names if p.stem not in (WEIGHT_KEY, STEP_KEY)) if shapes else ()
         untrained = [name for name in self._modules[0] if name not in shapes and name not in alias]
         self._untrained = {name: self._join(name, frozen.get(name), fragments) for name in untrained}
-        self.step = next((states[key] for key in ("step", "global_steps") if isinstance(states.get(key), int)), None)
+        self.step = trained_step(states)
         self._state_keys = state_keys
-        self.kinds = (MODEL, *sorted(state_keys, key=lambda key: key != EMA))
-        self.training_state = None
+        self.kinds = kinds_of_training(state_keys)
         optimizer = path / ZERO_FOLDER / OPTIMIZER_FILE
         if state_keys and optimizer.is_file():
             with torch.serialization.safe_globals(STAND_INS):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from model.configuration import LatteFlowConfig
+from model.configuration import LatteFlowConfig, load_network_config
 from model.latte_flow import LatteFlowModel
 from model.partition import check_tensor_parallel
 from model.pipeline import PIPELINE_FILE
@@ -122,24 +122,6 @@ def match(
     if keeps_state:
         matched.keep_training_state()
     return matched, config
-
-
-def load_network_config(folder: Path) -> LatteFlowConfig:
-    """Return the network's configuration in a model folder.
-
-    Raises:
-        ValueError: when it is of another kind of model, or damaged.
-    """
-    file = folder / "config.json"
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        kind = settings.get("model_type")
-        if kind != LatteFlowConfig.model_type:
-            raise ValueError(f"describes a {kind} model; accepted: {LatteFlowConfig.model_type}")
-        # How attention is computed is this machine's matter.
-        return LatteFlowConfig.from_dict(settings | {"attention_backend": "auto"})
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file}: {error}") from error
 
 
 def write(
