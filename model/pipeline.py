@@ -86,6 +86,22 @@ class PipelineConfig:
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{file}: damaged ({error})") from error
 
+    def load_frozen_vlm(self, folder: Path, dtype: torch.dtype | None):
+        """Load the VLM that a Couple model was trained beside.
+
+        Args:
+            folder: the model folder.
+            dtype: the type of its weights; None for its own.
+
+        Raises:
+            ValueError: when it is not there, or is another one.
+        """
+        path = self.vlm_path or folder / VLM_FOLDER
+        vlm, _ = load_vlm(path, dtype=dtype, tokenizer_path=folder / TOKENIZER_FOLDER)
+        if self.vlm_fingerprint and fingerprint(checkpoint_folder(path)) != self.vlm_fingerprint:
+            raise ValueError(f"vlm_path: {path} is not the VLM that this model was trained with (fingerprint differs)")
+        return vlm
+
 
 class LatteFlowPipeline:
     """Generates images from prompts or classes.
@@ -141,15 +157,8 @@ class LatteFlowPipeline:
         model = LatteFlowModel(load_network_config(folder))
         load_weights(model, weights, kind or (None if isinstance(weights, dict) else weights.default_kind))
         tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER_FOLDER)
-        if model.config.variant == "blend":
-            vlm = model.vlm
-        else:
-            vlm_path = config.vlm_path or folder / VLM_FOLDER
-            vlm, _ = load_vlm(vlm_path, dtype=dtype or torch.float32, tokenizer_path=folder / TOKENIZER_FOLDER)
-            if config.vlm_fingerprint and fingerprint(checkpoint_folder(vlm_path)) != config.vlm_fingerprint:
-                raise ValueError(
-                    f"vlm_path: {vlm_path} is not the VLM that this model was trained with (fingerprint differs)"
-                )
+        is_blend = model.config.variant == "blend"
+        vlm = model.vlm if is_blend else config.load_frozen_vlm(folder, dtype or torch.float32)
         codec = load_codec(**config.codec, dtype=dtype)
         image_processor = load_image_processor(folder / TOKENIZER_FOLDER)
         return cls(model.to(dtype or torch.float32), vlm, tokenizer, codec, config, image_processor)

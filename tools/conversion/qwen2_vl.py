@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from model.configuration import LatteFlowConfig
-from model.pipeline import TOKENIZER_FOLDER, VLM_FOLDER, PipelineConfig
-from model.vlm import checkpoint_folder, fingerprint, load_vlm
+from model.pipeline import TOKENIZER_FOLDER, PipelineConfig
+from model.vlm import load_vlm
 from model.weights.matching import load_weights
 from model.weights.source import TensorInfo, WeightSource
 
@@ -49,7 +49,7 @@ def write_qwen2_vl(
         vlm = AutoModelForImageTextToText.from_config(config.vlm_config, dtype=dtype)
         load_weights(vlm, part)
     else:
-        vlm = _load_frozen(components, dtype)
+        vlm = PipelineConfig.load(components).load_frozen_vlm(components, dtype)
     vlm.save_pretrained(folder, max_shard_size=max_shard_size)
     shutil.copytree(components / TOKENIZER_FOLDER, folder, dirs_exist_ok=True)
 
@@ -61,25 +61,14 @@ def compare_qwen2_vl(
     written, _ = load_vlm(folder)
     own = written.state_dict(keep_vars=True)
     if config.variant == "blend":
-        expected: WeightSource | dict[str, Tensor] = _VlmPart(source)
-        names = list(expected.tensors)
-        read = expected.read
+        part = _VlmPart(source)
+        names, read = list(part.tensors), part.read
     else:
-        frozen = _load_frozen(components, None).state_dict(keep_vars=True)
+        frozen = PipelineConfig.load(components).load_frozen_vlm(components, None).state_dict(keep_vars=True)
         names, read = list(frozen), frozen.__getitem__
     for name in names:
         # The folder has one type; frozen weights of a Blend may have had a smaller one.
         yield name, own[name].detach(), read(name).detach().to(written.dtype)
-
-
-def _load_frozen(components: Path, dtype: torch.dtype | None):
-    """Return the VLM of a Couple model."""
-    settings = PipelineConfig.load(components)
-    path = settings.vlm_path or components / VLM_FOLDER
-    vlm, _ = load_vlm(path, dtype=dtype, tokenizer_path=components / TOKENIZER_FOLDER)
-    if settings.vlm_fingerprint and fingerprint(checkpoint_folder(path)) != settings.vlm_fingerprint:
-        raise ValueError(f"vlm_path: {path} is not the VLM that this model was trained with (fingerprint differs)")
-    return vlm
 
 
 class _VlmPart(WeightSource):
