@@ -18,7 +18,7 @@ fi
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 
-# SLURM sends a signal to every process of the step. The ranks act on it (training/preemption.py); the launcher must outlive
+# SLURM sends a signal to every process of the step. The ranks act on it (training/monitor/preemption.py); the launcher must outlive
 # their save: USR1 would end it, and at TERM it would kill them after 30 s. So it ignores both, and --signals-to-handle keeps
 # torchrun from installing its own handler for TERM.
 trap '' USR1 TERM

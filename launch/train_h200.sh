@@ -66,7 +66,7 @@ PYTHON
 # Left by an earlier start that was killed; they would stop or requeue this one.
 rm -f "$output_dir/stop" "$output_dir/requeue"
 
-# The ranks look for the stop file after every step (training/preemption.py).
+# The ranks look for the stop file after every step (training/monitor/preemption.py).
 # shellcheck disable=SC2317 # called by a trap in slurm_common.sh
 on_signal() {
     say "USR1: asking the ranks to save and stop"

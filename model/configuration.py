@@ -7,8 +7,8 @@ from typing import Literal
 
 from transformers import AutoConfig, PretrainedConfig
 
-from model.attention import AttentionSpec
-from model.timestep_experts import TimestepExperts
+from latte_flow.model.attention import AttentionSpec
+from latte_flow.model.timestep_experts import TimestepExperts
 
 VARIANTS = ("couple", "blend")
 MODULATIONS = ("four", "six")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention import ContextKeyValues
+from latte_flow.model.attention import ContextKeyValues
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2MLP, Qwen2VLRMSNorm, apply_rotary_pos_emb
 
-from model.attention import AttentionSpec, ContextKeyValues, Residual, joint_attention
-from model.configuration import LatteFlowConfig
+from latte_flow.model.attention import AttentionSpec, ContextKeyValues, Residual, joint_attention
+from latte_flow.model.configuration import LatteFlowConfig
 
 VLM_PATHS = {
     "q_proj": "self_attn.q_proj",

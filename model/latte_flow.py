@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm, Qwen2VLRotaryEmbedding
 
-from model.attention import ContextKeyValues, Residual
-from model.configuration import LatteFlowConfig
-from model.context import Context, as_key_values, encode_context, select_prompts
-from model.generation_layer import GenerationLayer, set_initial_std
-from model.position import rotary_2d
-from model.weights.matching import MatchedSource
-from model.weights.recognise import holds_weights, open_weights
+from latte_flow.model.attention import ContextKeyValues, Residual
+from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.model.context import Context, as_key_values, encode_context, select_prompts
+from latte_flow.model.generation_layer import GenerationLayer, set_initial_std
+from latte_flow.model.position import rotary_2d
+from latte_flow.training.checkpoint.formats.matching import MatchedSource
+from latte_flow.training.checkpoint.formats.recognise import holds_weights, open_weights
 
 
 class ImageIO(nn.Module):
@@ -132,7 +132,7 @@ class LatteFlowModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs) -> "LatteFlowModel":
-        """Load a model from a folder whose weights are in any format of model/weights, or from the hub.
+        """Load a model from a folder whose weights are in any format of training/checkpoint/formats, or from the hub.
 
         Args:
             pretrained_model_name_or_path: a folder, or a hub id.

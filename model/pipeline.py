@@ -2,7 +2,7 @@
 
 A model folder:
 
-    config.json, model.safetensors   the LatteFlowModel; its weights may be in any format of model/weights
+    config.json, model.safetensors   the LatteFlowModel; its weights may be in any format of training/checkpoint/formats
     pipeline.json                    prompt template, class names, codec, and where the VLM is
     tokenizer/                       the VLM's tokenizer and image processor
     vlm/                             the VLM, when it has no path of its own (the tiny one)
@@ -27,16 +27,16 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from model.autoencoder import LatentCodec, load_codec
-from model.configuration import load_network_config
-from model.context import Context, encode_context, tokenize_prompts, truncate_prompts
-from model.images import to_uint8
-from model.latte_flow import LatteFlowModel
-from model.sampling import image_seeds, initial_noise, sample_latents
-from model.vlm import checkpoint_folder, fingerprint, load_image_processor, load_vlm
-from model.weights.matching import load_weights
-from model.weights.recognise import open_weights
-from model.weights.source import EXPORT_FILE, WeightSource
+from latte_flow.model.backbone import checkpoint_folder, fingerprint, load_image_processor, load_vlm
+from latte_flow.model.codecs import LatentCodec, load_codec
+from latte_flow.model.configuration import load_network_config
+from latte_flow.model.context import Context, encode_context, tokenize_prompts, truncate_prompts
+from latte_flow.model.images import to_uint8
+from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.model.sampling import image_seeds, initial_noise, sample_latents
+from latte_flow.training.checkpoint.formats.matching import load_weights
+from latte_flow.training.checkpoint.formats.recognise import open_weights
+from latte_flow.training.checkpoint.formats.source import EXPORT_FILE, WeightSource
 
 PIPELINE_FILE = "pipeline.json"
 VLM_FOLDER = "vlm"
@@ -55,7 +55,7 @@ class PipelineConfig:
         null_prompt: the user message of the null condition.
         max_prompt_tokens: longer user messages lose their end; None keeps all.
         class_names: names of the classes, or None for free prompts.
-        codec: arguments of model.autoencoder.load_codec.
+        codec: arguments of model.codecs.load_codec.
         vlm_path: folder or hub id of the VLM; None when it lies in the model folder itself.
         vlm_fingerprint: of the VLM's files, None without a path; see model.vlm.fingerprint.
     """

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.context import Context
-from model.flow_matching import time_to_timestep
-from model.latte_flow import LatteFlowModel
-from model.randomness import Stream, standard_normal
+from latte_flow.model.context import Context
+from latte_flow.model.flow_matching import time_to_timestep
+from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.model.randomness import Stream, standard_normal
 
 SOLVERS = ("euler", "heun")
 

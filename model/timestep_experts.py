@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.flow_matching import NUM_TRAIN_TIMESTEPS
+from latte_flow.model.flow_matching import NUM_TRAIN_TIMESTEPS
 
 
 def uniform_boundaries(num_groups: int) -> list[float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.attention import AttentionSpec, ContextKeyValues, joint_attention
+from latte_flow.model.attention import AttentionSpec, ContextKeyValues, joint_attention
 
 
 @dataclass

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from model.configuration import LatteFlowConfig
-from model.latte_flow import LatteFlowModel
+from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.model.latte_flow import LatteFlowModel
 
 VOCABULARY = 64
 VISION_START, VISION_END, IMAGE = 60, 61, 62

@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import statistics
 import sys
 import tempfile
@@ -31,23 +30,27 @@ from deepspeed.accelerator import get_accelerator
 from diffusers import AutoencoderDC
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from model.attention import AttentionSpec, ContextKeyValues, joint_attention
-from model.autoencoder import PixelCodec, load_codec
-from model.configuration import LatteFlowConfig
-from model.context import encode_context, tokenize_prompts
-from model.latte_flow import LatteFlowModel
-from model.sampling import sample_latents
-from model.timestep_experts import TimestepExperts
-from model.vlm import build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
-from training.command_line import parse_config
-from training.config import Assumptions, DataConfig, TrainingConfig
-from training.data.datasets import load_image_dataset
-from training.data.latent_writer import LatentWriter
-from training.data.latents import FORMAT, latent_columns
-from training.data.loader import BatchLayout, FlowMatchingSamples, make_loader
-from training.dry_run import BACKBONES, dry_run
-from training.errors import UserError, exit_code
-from training.trainer import Trainer
+from latte_flow.model.attention import AttentionSpec, ContextKeyValues, joint_attention
+from latte_flow.model.backbone import build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
+from latte_flow.model.codecs import PixelCodec, load_codec
+from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.model.context import encode_context, tokenize_prompts
+from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.model.sampling import sample_latents
+from latte_flow.model.timestep_experts import TimestepExperts
+from latte_flow.training.configs.fields import Assumptions, DataConfig, TrainingConfig
+from latte_flow.training.configs.parser import parse_config
+from latte_flow.training.data.datasets import load_image_dataset
+from latte_flow.training.data.latents.dataset import FORMAT, latent_columns
+from latte_flow.training.data.latents.writer import LatentWriter
+from latte_flow.training.data.loader import make_loader
+from latte_flow.training.distributed.batch_layout import BatchLayout
+from latte_flow.training.distributed.collectives import agree, is_first_rank
+from latte_flow.training.distributed.ranks import start_alone_without_launcher
+from latte_flow.training.dry_run import BACKBONES, dry_run
+from latte_flow.training.errors import UserError, exit_code
+from latte_flow.training.objectives.flow_matching import FlowMatchingSamples
+from latte_flow.training.trainer import Trainer
 
 CLASSES = ("tench", "goldfish", "great white shark", "tiger shark", "hammerhead", "electric ray", "stingray", "cock")
 LAYER_TARGET = 1.10  # of transformers' bare layers
@@ -223,27 +226,21 @@ def prepare_training(size: str, work: Path, batch_size: int, steps: int) -> list
 
 def benchmark_train(size: str, batch_size: int, steps: int) -> list[dict]:
     """Train some steps from a file of latents with the real trainer; beside each figure the dry run's, as the target."""
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    start_alone_without_launcher()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed()
-    first = dist.get_rank() == 0
-    shared: list = [None, None]
+    first = is_first_rank()
+    work, arguments = "", []
     if first:
         work = tempfile.mkdtemp(prefix="latte-flow-benchmark-")
-        shared = [work, prepare_training(size, Path(work), batch_size, steps)]
-    dist.broadcast_object_list(shared)
+        arguments = prepare_training(size, Path(work), batch_size, steps)
     try:
-        config = parse_config(shared[1])
+        config = parse_config(agree(arguments))
         measured = _train(config, steps)
         dist.barrier()
     finally:
         if first:
-            shutil.rmtree(shared[0])
+            shutil.rmtree(work)
         dist.destroy_process_group()
     assumed = Assumptions(gpus=measured["ranks"])
     peak, flops = assumed.peak_tflops * 1e12, measured["predicted"].flops["forward and backward"]
@@ -408,5 +405,10 @@ def main() -> None:
         Path(arguments.output).write_text(json.dumps(rows, indent=1) + "\n")
 
 
+def run() -> int:
+    """Run the command line and return its exit code (console script)."""
+    return exit_code(main)
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(run())

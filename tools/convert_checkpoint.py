@@ -16,11 +16,11 @@ import ctypes
 import json
 import sys
 
-from model.weights.source import EMA, MODEL
-from tools.conversion.convert import DTYPES, FORMATS, convert
-from tools.conversion.inspection import inspect
-from training.checkpoint_manifest import step_name
-from training.errors import exit_code
+from latte_flow.tools.conversion.convert import DTYPES, FORMATS, convert
+from latte_flow.tools.conversion.inspection import inspect
+from latte_flow.training.checkpoint.formats.source import EMA, MODEL
+from latte_flow.training.checkpoint.manifest import step_name
+from latte_flow.training.errors import exit_code
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -85,5 +85,10 @@ def main() -> None:
     convert(path, output, **arguments)
 
 
+def run() -> int:
+    """Run the command line and return its exit code (console script)."""
+    return exit_code(main)
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(run())

@@ -16,8 +16,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from training.data.datasets import digits_split
-from training.errors import UserError, exit_code
+from latte_flow.training.data.datasets import digits_split
+from latte_flow.training.errors import UserError, exit_code
 
 IMAGE_SIZE = (8, 8)
 # Chosen by scikit-learn's own example for these digits; 99 % on held-out ones.
@@ -99,5 +99,10 @@ def main() -> None:
     print(f"the same classifier on held-out real digits: {report['accuracy_on_held_out_real_digits']:.1%}")
 
 
+def run() -> int:
+    """Run the command line and return its exit code (console script)."""
+    return exit_code(main)
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(run())

@@ -3,7 +3,7 @@
     python tools/encode_latents.py --source PATH --output DIR [--codec PATH|PRESET|pixel] [--resolution 256] [--batch_size N]
 
 --source is a folder of images (a folder a class), Parquet files, WebDataset tars, a saved data set, or digits. DIR becomes a data
-set that training reads (data.dataset latents, data.path DIR) and datasets.load_from_disk opens; see training/data/latents.py.
+set that training reads (data.dataset latents, data.path DIR) and datasets.load_from_disk opens; see training/data/latents/.
 
 Under torchrun, deepspeed or srun with RANK and WORLD_SIZE set, rank r encodes the shards r, r + W, r + 2 W, ...; the result is
 the same with any number of ranks. The same command again goes on after a kill; finished shards are not encoded again.
@@ -21,14 +21,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from model.autoencoder import PRESETS, LatentCodec, load_codec
-from training.config import DataConfig
-from training.data.datasets import load_image_dataset
-from training.data.images import ImageDataset
-from training.data.latent_writer import LatentWriter
-from training.data.latents import FORMAT, latent_columns
-from training.data.sources import detect_dataset
-from training.errors import UserError, exit_code
+from latte_flow.model.codecs import PRESETS, LatentCodec, load_codec
+from latte_flow.training.configs.fields import DataConfig
+from latte_flow.training.data.datasets import load_image_dataset
+from latte_flow.training.data.images import ImageDataset
+from latte_flow.training.data.latents.dataset import FORMAT, latent_columns
+from latte_flow.training.data.latents.writer import LatentWriter
+from latte_flow.training.data.sources import detect_dataset
+from latte_flow.training.errors import UserError, exit_code
 
 DEFAULT_PRESET = "dc-ae-f32c32-in-1.0"
 POLL_SECONDS = 0.2
@@ -327,5 +327,10 @@ def main() -> None:
     encode_latents(**arguments, rank=int(os.environ.get("RANK", 0)), world_size=int(os.environ.get("WORLD_SIZE", 1)))
 
 
+def run() -> int:
+    """Run the command line and return its exit code (console script)."""
+    return exit_code(main)
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(run())

@@ -22,12 +22,12 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from tools.faults.campaign import Campaign, Result
-from tools.faults.launches import DeepSpeedStarter, choose_port
-from tools.faults.plan import Case, Schedule, kill_cases, signal_cases
-from tools.faults.tables import kill_table, one_line, signal_table
-from training.command_line import parse_config
-from training.errors import UserError, exit_code
+from latte_flow.tools.faults.campaign import Campaign, Result
+from latte_flow.tools.faults.launches import DeepSpeedStarter, choose_port
+from latte_flow.tools.faults.plan import Case, Schedule, kill_cases, signal_cases
+from latte_flow.tools.faults.tables import kill_table, one_line, signal_table
+from latte_flow.training.configs.parser import parse_config
+from latte_flow.training.errors import UserError, exit_code
 
 TRAINING = {
     "deepspeed": "ds_configs/zero2.json",

@@ -22,11 +22,12 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from model.images import grid_scale, make_grid, to_pil
-from model.pipeline import PIPELINE_FILE
-from model.sampling import SOLVERS, image_seeds
-from training.errors import UserError, exit_code
-from training.trained_weights import WEIGHTS, find_checkpoint, load_pipeline
+from latte_flow.model.images import grid_scale, make_grid, to_pil
+from latte_flow.model.pipeline import PIPELINE_FILE
+from latte_flow.model.sampling import SOLVERS, image_seeds
+from latte_flow.training.checkpoint.trained_weights import WEIGHTS, find_checkpoint, load_pipeline
+from latte_flow.training.distributed.collectives import agree, gather
+from latte_flow.training.errors import UserError, exit_code
 
 GRID_IMAGES = 100
 
@@ -95,26 +96,24 @@ def sample(
                 lines.append({"file": name, key: condition, "seed": seeds[i]})
             progress.update(len(batch))
     if world_size > 1:
-        parts = [None] * world_size if rank == 0 else None
-        dist.gather_object(lines, parts)
+        lines = [line for part in gather(lines) for line in part]
         dist.destroy_process_group()
-        lines = [line for part in parts or () for line in part]
     if rank == 0:
         _finish(folder, sorted(lines, key=lambda line: line["file"]), len(conditions))
 
 
 def _find_together(path: Path, rank: int) -> Path:
     """Return the checkpoint that a path means, the same on all ranks: a run that trains on may write a newer one meanwhile."""
-    box: list = [None]
+    found: Path | UserError | None = None
     if rank == 0:
         try:
-            box = [find_checkpoint(path)]
+            found = find_checkpoint(path)
         except UserError as error:
-            box = [error]
-    dist.broadcast_object_list(box, src=0)
-    if isinstance(box[0], UserError):
-        raise box[0]
-    return box[0]
+            found = error
+    found = agree(found)
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
 def _finish(folder: Path, lines: list[dict], num_conditions: int) -> None:
@@ -177,5 +176,10 @@ def main() -> None:
     sample(**arguments)
 
 
+def run() -> int:
+    """Run the command line and return its exit code (console script)."""
+    return exit_code(main)
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(run())

@@ -5,16 +5,22 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from model.autoencoder import load_codec
-from model.configuration import LatteFlowConfig
-from model.latte_flow import LatteFlowModel
-from model.partition import check_tensor_parallel
-from model.pipeline import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, PipelineConfig
-from model.vlm import build_tiny_tokenizer, build_tiny_vlm, checkpoint_folder, fingerprint, load_vlm, tiny_vlm_config
-from training.config import TrainingConfig
-from training.data.datasets import ImageDataset
-from training.data.latents import LatentDataset
-from training.errors import UserError
+from latte_flow.model.backbone import (
+    build_tiny_tokenizer,
+    build_tiny_vlm,
+    checkpoint_folder,
+    fingerprint,
+    load_vlm,
+    tiny_vlm_config,
+)
+from latte_flow.model.codecs import load_codec
+from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.model.partition import check_tensor_parallel
+from latte_flow.model.pipeline import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, PipelineConfig
+from latte_flow.training.configs.fields import TrainingConfig
+from latte_flow.training.data.datasets import ImageDataset
+from latte_flow.training.data.latents.dataset import LatentDataset
+from latte_flow.training.errors import UserError
 
 
 def tiny_vlm_parts(config: TrainingConfig, images: ImageDataset):
@@ -100,26 +106,3 @@ def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
         vlm_fingerprint=vlm_fingerprint,
     )
     return vlm.requires_grad_(False), tokenizer, codec, model_config, pipeline_config
-
-
-def parameter_groups(model: LatteFlowModel, weight_decay: float) -> list[dict]:
-    """Return the trained parameters as optimizer groups: one a timestep expert, one of what is around them, one of the VLM.
-
-    Each comes with and without weight decay: norms, biases, modulation and residual gates have none (paper section 6). A group's
-    ``name`` is the label that its gradient norm is reported under.
-    """
-    groups: dict[tuple[str, bool], list] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        part, index, *_ = name.split(".")
-        if part == "layers":
-            label = f"group_{model.experts.group_of_layer(int(index))}"
-        else:
-            label = {"image_io": "image_io", "vlm": "vlm"}[part]
-        decays = parameter.dim() > 1 and "modulation" not in name and "residual_gate" not in name
-        groups.setdefault((label, decays), []).append(parameter)
-    return [
-        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "name": label}
-        for (label, decays), parameters in groups.items()
-    ]

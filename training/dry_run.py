@@ -15,20 +15,20 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from model.autoencoder import DCAECodec, LatentCodec, PixelCodec, apply_preset
-from model.configuration import LatteFlowConfig
-from model.context import Context, encode_context, tokenize_prompts, truncate_prompts
-from model.context_cache import context_capacity
-from model.flow_matching import flow_matching_loss
-from model.latte_flow import LatteFlowModel
-from model.partition import check_tensor_parallel, partition_dim
-from training.components import tiny_vlm_parts
-from training.config import Assumptions, TrainingConfig
-from training.data.datasets import load_image_dataset
-from training.data.loader import BatchLayout
-from training.deepspeed_config import load_deepspeed_config, make_batch_layout
-from training.errors import UserError
-from training.ranks import data_parallel_size
+from latte_flow.model.codecs import DCAECodec, LatentCodec, PixelCodec, apply_preset
+from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.model.context import Context, encode_context, tokenize_prompts, truncate_prompts
+from latte_flow.model.flow_matching import flow_matching_loss
+from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.model.partition import check_tensor_parallel, partition_dim
+from latte_flow.training.components import tiny_vlm_parts
+from latte_flow.training.configs.deepspeed import load_deepspeed_config
+from latte_flow.training.configs.fields import Assumptions, TrainingConfig
+from latte_flow.training.data.context_cache import context_capacity
+from latte_flow.training.data.datasets import load_image_dataset
+from latte_flow.training.distributed.batch_layout import BatchLayout, make_batch_layout
+from latte_flow.training.distributed.ranks import data_parallel_size
+from latte_flow.training.errors import UserError
 
 GIB = 2**30
 OPTIMIZER_BYTES = 16

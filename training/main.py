@@ -2,7 +2,8 @@
 
     deepspeed training/main.py --deepspeed ds_configs/zero2.json [--config training/configs/X.yaml] [--any.field value]
 
-The same command again resumes the run in its output_dir. A run that was asked to stop ends with 75 (training/preemption.py).
+The same command again resumes the run in its output_dir. A run that was asked to stop ends with 75
+(training/monitor/preemption.py).
 With --dry_run it prints what the run would cost and stops; that needs no launcher:
 
     python training/main.py --dry_run --config X.yaml --assume.gpus 8
@@ -16,11 +17,12 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 
-from training.command_line import parse_command
-from training.dry_run import dry_run, format_table
-from training.errors import exit_code
-from training.preemption import EXIT_STOPPED
-from training.trainer import Trainer
+from latte_flow.training.configs.parser import parse_command
+from latte_flow.training.distributed.ranks import start_alone_without_launcher
+from latte_flow.training.dry_run import dry_run, format_table
+from latte_flow.training.errors import exit_code
+from latte_flow.training.monitor.preemption import EXIT_STOPPED
+from latte_flow.training.trainer import Trainer
 
 
 def main() -> None:
@@ -32,6 +34,7 @@ def main() -> None:
     if command.config.tensor_parallel > 1:
         # megatron-core hides the sum of a gradient over ranks behind a matrix product, where kernels start in the order of calls.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    start_alone_without_launcher()
     # Before anything asks for the current device: DeepSpeed itself sets it only when it builds the engine.
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     # DeepSpeed makes groups of its own, which take torch's defaults.
@@ -45,5 +48,10 @@ def main() -> None:
         sys.exit(EXIT_STOPPED)
 
 
+def run() -> int:
+    """Run the command line and return its exit code (console script)."""
+    return exit_code(main)
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(run())

@@ -3,23 +3,24 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
-from model.vlm import build_tiny_image_processor, load_image_processor
-from model.weights.source import EXPORT_FILE, read_export_record
-from model.weights.universal import UniversalSource
-from training.checkpoint_manifest import MANIFEST, STEP_FOLDER, list_checkpoints
-from training.config import TrainingConfig
-from training.durable import PARTIAL
-from training.errors import UserError
-from training.preemption import REQUEUE_FILE, STOP_FILE
-from training.saved_config import differences, load_config, save_config
+from latte_flow.model.backbone import build_tiny_image_processor, load_image_processor
+from latte_flow.model.pipeline import PIPELINE_FILE, LatteFlowPipeline
+from latte_flow.training.checkpoint.formats.source import EXPORT_FILE, read_export_record
+from latte_flow.training.checkpoint.formats.universal import UniversalSource
+from latte_flow.training.checkpoint.manifest import (
+    CHECKPOINTS_FOLDER,
+    MODEL_FOLDER,
+    STEP_FOLDER,
+    list_checkpoints,
+    named_checkpoints,
+)
+from latte_flow.training.configs.fields import RESUME_AUTO, RESUME_NEVER, TrainingConfig
+from latte_flow.training.configs.saved import CONFIG_FILE, differences, load_config, save_config
+from latte_flow.training.durable import PARTIAL
+from latte_flow.training.errors import UserError
+from latte_flow.training.monitor.preemption import REQUEUE_FILE, STOP_FILE
 
-CONFIG_FILE = "config.yaml"
 DATA_FILE = "data.json"
-CHECKPOINTS_FOLDER = "checkpoints"
-MODEL_FOLDER = "model"
-"""The model folder without weights (model/pipeline.py)."""
-RESUME_AUTO, RESUME_NEVER = "auto", "never"
 MAY_BE_THERE = (STOP_FILE, REQUEUE_FILE, CONFIG_FILE + PARTIAL)
 """What the names of files start with that the folder of a run that has not begun may hold."""
 NETWORK_FIELDS = ("model.", "vlm.", "codec.")
@@ -68,13 +69,6 @@ class Origin:
     components: Path
     checkpoints: list[Path]
     exported: bool = False
-
-
-def named_checkpoints(path: Path) -> list[Path]:
-    """Return the checkpoints that a path means, oldest first: one step's folder, or all of an output_dir; none are verified."""
-    if path.is_dir() and (STEP_FOLDER.fullmatch(path.name) or (path / MANIFEST).is_file()):
-        return [path]
-    return list_checkpoints(path / CHECKPOINTS_FOLDER)
 
 
 def find_origin(config: TrainingConfig) -> Origin | None:

@@ -15,43 +15,43 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from model.autoencoder import LatentCodec
-from model.context import tokenize_prompts, truncate_prompts
-from model.context_cache import ContextSource, FixedContextCache, PromptEncoder, context_capacity, make_context_source
-from model.flow_matching import flow_matching_loss, interpolate
-from model.images import to_pil
-from model.latte_flow import LatteFlowModel
-from model.pipeline import PIPELINE_FILE, LatteFlowPipeline
-from model.weights.source import read_export_record
-from training.checkpoint import CheckpointStore, newest_valid
-from training.checkpoint_manifest import read_manifest, step_name
-from training.components import build_components, parameter_groups
-from training.config import TrainingConfig
-from training.data.datasets import ImageDataset, load_image_dataset
-from training.data.loader import Batch, FlowMatchingSamples, make_loader
-from training.data.record import DataRecord
-from training.deepspeed_config import load_deepspeed_config, make_batch_layout
-from training.ema import AdamWWithEMA
-from training.errors import UserError
-from training.health import StepHealth
-from training.initial_weights import find_initial_weights, load_initial_weights
-from training.metrics import LossMeter, MetricsWriter, expert_gradient_norms
-from training.preemption import StopRequest
-from training.ranks import arrange_ranks
-from training.run_folder import (
-    CHECKPOINTS_FOLDER,
-    CONFIG_FILE,
-    DATA_FILE,
-    MODEL_FOLDER,
-    check_output_dir,
-    find_origin,
-    write_components,
+from latte_flow.model.codecs import LatentCodec
+from latte_flow.model.context import tokenize_prompts, truncate_prompts
+from latte_flow.model.flow_matching import flow_matching_loss, interpolate
+from latte_flow.model.images import to_pil
+from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.model.pipeline import PIPELINE_FILE, LatteFlowPipeline
+from latte_flow.training.checkpoint.formats.source import read_export_record
+from latte_flow.training.checkpoint.initial_weights import find_initial_weights, load_initial_weights
+from latte_flow.training.checkpoint.manifest import CHECKPOINTS_FOLDER, MODEL_FOLDER, read_manifest, step_name
+from latte_flow.training.checkpoint.store import CheckpointStore, newest_valid
+from latte_flow.training.components import build_components
+from latte_flow.training.configs.deepspeed import load_deepspeed_config
+from latte_flow.training.configs.fields import TrainingConfig
+from latte_flow.training.configs.saved import CONFIG_FILE, differences, load_config, save_config, to_yaml
+from latte_flow.training.data.context_cache import (
+    ContextSource,
+    FixedContextCache,
+    PromptEncoder,
+    context_capacity,
+    make_context_source,
 )
-from training.sample_grid import SampleGrid, samples_per_rank
-from training.saved_config import differences, load_config, save_config, to_yaml
-from training.stragglers import RankTimer
-from training.watchdog import PHASES, Watchdog
-from training.zero import mark_universal
+from latte_flow.training.data.datasets import ImageDataset, load_image_dataset
+from latte_flow.training.data.loader import make_loader
+from latte_flow.training.data.record import DataRecord
+from latte_flow.training.distributed.batch_layout import make_batch_layout
+from latte_flow.training.distributed.ranks import arrange_ranks
+from latte_flow.training.distributed.zero import mark_universal
+from latte_flow.training.errors import UserError
+from latte_flow.training.monitor.health import StepHealth
+from latte_flow.training.monitor.metrics import LossMeter, MetricsWriter, expert_gradient_norms
+from latte_flow.training.monitor.preemption import StopRequest
+from latte_flow.training.monitor.sample_grid import SampleGrid, samples_per_rank
+from latte_flow.training.monitor.stragglers import RankTimer
+from latte_flow.training.monitor.watchdog import PHASES, Watchdog
+from latte_flow.training.objectives.flow_matching import Batch, FlowMatchingSamples
+from latte_flow.training.optimizer import AdamWWithEMA, parameter_groups
+from latte_flow.training.run_folder import DATA_FILE, check_output_dir, find_origin, write_components
 
 ABANDON_SECONDS = 600.0
 """How long a run that ends by an error waits for a checkpoint that is being written."""

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from model.attention import AttentionSpec
+from latte_flow.model.attention import AttentionSpec
 from tests.attention_oracle import Chain, gradients, make_chain, relative_error, run_model, run_oracle
 
 pytestmark = pytest.mark.gpu

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.autoencoder import load_codec
+from latte_flow.model.codecs import load_codec
 from tests.integration.launching import column, environment, free_port, run
 from tests.tiny_models import save_tiny_dc_ae
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-from model.pipeline import VLM_FOLDER
-from training import trainer
-from training.trainer import Trainer
+from latte_flow.model.pipeline import VLM_FOLDER
+from latte_flow.training import trainer
+from latte_flow.training.trainer import Trainer
 
 
 def record_batches() -> None:

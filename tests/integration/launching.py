@@ -110,7 +110,13 @@ SERVER = multiprocessing.get_context("forkserver")
 """Starts processes that have imported the command lines already. Its server starts with the first of them, in the environment
 and the working directory of that moment (conftest.py)."""
 SERVER.set_forkserver_preload(
-    ["training.main", "training.tensor_parallel", "tools.sample", "tools.encode_latents", "tools.benchmark"]
+    [
+        "latte_flow.training.main",
+        "latte_flow.training.distributed.tensor_parallel",
+        "latte_flow.tools.sample",
+        "latte_flow.tools.encode_latents",
+        "latte_flow.tools.benchmark",
+    ]
 )
 
 

@@ -10,11 +10,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from model.context import encode_context
-from model.latte_flow import LatteFlowModel
-from model.partition import partition_dim, take_part
+from latte_flow.model.context import encode_context
+from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.model.partition import partition_dim, take_part
+from latte_flow.training.distributed.ranks import Ranks, arrange_ranks
 from tests.tiny import make_model, make_vlm, noise, text_prompts
-from training.ranks import Ranks, arrange_ranks
 
 SIZE = 2
 EVERYTHING = ["q_proj", "k_proj", "v_proj", "o_proj", "input_layernorm", "post_attention_layernorm", "mlp"]

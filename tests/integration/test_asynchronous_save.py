@@ -2,10 +2,10 @@
 
 import pytest
 
+from latte_flow.training.checkpoint.manifest import check_files, list_checkpoints
 from tests.integration.launching import column
 from tests.integration.test_resume import assert_same_metrics
 from tests.integration.test_training import STEPS, assert_weights_equal
-from training.checkpoint_manifest import check_files, list_checkpoints
 
 ASYNCHRONOUS = {"checkpoint__asynchronous": "true", "sample__every": 0}
 

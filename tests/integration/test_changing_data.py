@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latte_flow.tools.encode_latents import encode_latents
+from latte_flow.training.checkpoint.trained_weights import find_checkpoint
 from tests.integration.launching import column
 from tests.integration.test_bad_input import assert_refused
-from tools.encode_latents import encode_latents
-from training.trained_weights import find_checkpoint
 
 SMALL = {"sample__every": 0, "checkpoint__every": 2}
 

@@ -16,16 +16,16 @@ from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 from transformers import Qwen2VLForConditionalGeneration
 
-from model.latte_flow import LatteFlowModel
-from model.pipeline import LatteFlowPipeline
-from model.weights.recognise import open_weights
+from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.model.pipeline import LatteFlowPipeline
+from latte_flow.tools import convert_checkpoint
+from latte_flow.tools.conversion.convert import FORMATS, convert
+from latte_flow.tools.conversion.inspection import inspect
+from latte_flow.training.checkpoint.formats.recognise import open_weights
+from latte_flow.training.checkpoint.opening import open_checkpoint
+from latte_flow.training.checkpoint.trained_weights import load_pipeline, read_weights
+from latte_flow.training.errors import UserError
 from tests.integration.launching import ROOT, environment, start_ranks
-from tools import convert_checkpoint
-from tools.conversion.convert import FORMATS, convert
-from tools.conversion.inspection import inspect
-from training.errors import UserError
-from training.open_checkpoint import open_checkpoint
-from training.trained_weights import load_pipeline, read_weights
 
 STEP = 2
 RUNS = {
@@ -67,7 +67,7 @@ def assert_holds(folder: Path, expected: dict, kind: str | None = None) -> None:
 @pytest.mark.parametrize(("which", "formats"), [("ema", WEIGHT_FORMATS), ("model", WEIGHT_FORMATS[:1])])
 @pytest.mark.parametrize("name", RUNS)
 def test_every_format_holds_what_the_shards_hold(runs, tmp_path, name, which, formats):
-    """The shards are read by training/zero_shards.py, which test_elastic.py compares with DeepSpeed's own zero_to_fp32."""
+    """The shards are read by formats/zero_shards.py, which test_elastic.py compares with DeepSpeed's own zero_to_fp32."""
     expected = canonical(read_weights(checkpoint_of(runs, name), which))
     for to in formats:
         folder = convert(runs[name].output_dir, tmp_path / to, to=to, weights=which, **OPTIONS.get(to, {}))
@@ -188,8 +188,8 @@ ENGINE = """
 import json, sys, deepspeed, torch
 from pathlib import Path
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-from model.latte_flow import LatteFlowModel
-from training.components import parameter_groups
+from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.training.components import parameter_groups
 
 folder, stage, output = sys.argv[1:]
 deepspeed.init_distributed("gloo")
@@ -476,11 +476,11 @@ class TestRefused:
 
         for name, failing in (("convert.write_safetensors", full), ("output_folder.os.replace", not_into_place)):
             with monkeypatch.context() as patch:
-                patch.setattr(f"tools.conversion.{name}", failing)
+                patch.setattr(f"latte_flow.tools.conversion.{name}", failing)
                 with pytest.raises(UserError, match=r"out was not written: .*No space left on device"):
                     convert(run, folder, to="safetensors", force=True)
         with monkeypatch.context() as patch:
-            patch.setattr("tools.conversion.convert.shutil.disk_usage", lambda path: Namespace(free=1000))
+            patch.setattr("latte_flow.tools.conversion.convert.shutil.disk_usage", lambda path: Namespace(free=1000))
             with pytest.raises(UserError, match=r"output: it needs .* GiB, .* has .* GiB free"):
                 convert(run, tmp_path / "new", to="safetensors")
         assert (folder / "pytorch_model.bin").read_bytes() == before
@@ -515,7 +515,7 @@ class TestRefused:
 PEAK = """
 import re, sys, threading, time
 from pathlib import Path
-from tools.convert_checkpoint import main
+from latte_flow.tools.convert_checkpoint import main
 
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

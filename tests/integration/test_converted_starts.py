@@ -5,12 +5,12 @@ import re
 import pytest
 import torch
 
-from model.weights.recognise import open_weights
+from latte_flow.tools.conversion.convert import convert
+from latte_flow.training.checkpoint.formats.recognise import open_weights
+from latte_flow.training.checkpoint.trained_weights import load_pipeline, read_weights
 from tests.integration.launching import column, metrics
 from tests.integration.test_elastic import assert_state_is
 from tests.integration.test_training import assert_same_batches, recorded
-from tools.conversion.convert import convert
-from training.trained_weights import load_pipeline, read_weights
 
 
 def assert_last_losses_agree(run, whole) -> None:

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tools.sample import sample
-from training.checkpoint import CheckpointStore
-from training.checkpoint_manifest import read_manifest
-from training.errors import UserError
-from training.trained_weights import find_checkpoint, load_pipeline, read_weights
+from latte_flow.tools.sample import sample
+from latte_flow.training.checkpoint.manifest import read_manifest
+from latte_flow.training.checkpoint.store import CheckpointStore
+from latte_flow.training.checkpoint.trained_weights import find_checkpoint, load_pipeline, read_weights
+from latte_flow.training.errors import UserError
 
 FILES = (
     "manifest.json",

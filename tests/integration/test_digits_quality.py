@@ -4,8 +4,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from latte_flow.tools.digit_accuracy import digit_accuracy
 from tests.integration.launching import run, train
-from tools.digit_accuracy import digit_accuracy
 
 STEPS = {"couple": 250, "blend": 200}
 BATCH = "128"

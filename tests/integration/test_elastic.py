@@ -3,11 +3,11 @@
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from model.configuration import LatteFlowConfig
-from model.latte_flow import LatteFlowModel
+from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.training.checkpoint.formats.zero_source import ZeroSource
+from latte_flow.training.checkpoint.trained_weights import read_weights
 from tests.integration.test_training import assert_losses_and_norms_agree, assert_same_batches, recorded
-from training.trained_weights import read_weights
-from training.zero_source import ZeroSource
 
 
 def assert_state_is(run, source) -> None:

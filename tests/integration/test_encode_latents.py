@@ -20,16 +20,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from model.autoencoder import load_codec
-from model.images import to_uint8
+from latte_flow.model.codecs import load_codec
+from latte_flow.model.images import to_uint8
+from latte_flow.tools.encode_latents import encode_latents
+from latte_flow.training.configs.fields import DataConfig
+from latte_flow.training.data.datasets import load_image_dataset
+from latte_flow.training.errors import UserError
 from tests.emoji import EMOJI, needs_emoji, write_emoji
 from tests.integration import launching
 from tests.integration.launching import ROOT, SERVER, environment, free_port, metrics
 from tests.tiny_models import save_tiny_dc_ae
-from tools.encode_latents import encode_latents
-from training.config import DataConfig
-from training.data.datasets import load_image_dataset
-from training.errors import UserError
 
 IMAGES = 400
 RESOLUTION = 32

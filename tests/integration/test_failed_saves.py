@@ -8,10 +8,10 @@ import subprocess
 import pytest
 import torch
 
+from latte_flow.training.checkpoint.manifest import list_checkpoints, manifest_digest
 from tests.integration.launching import column, metrics
 from tests.integration.test_resume import assert_same_metrics
 from tests.integration.test_training import STEPS, assert_weights_equal
-from training.checkpoint_manifest import list_checkpoints, manifest_digest
 
 
 def steps(run) -> list[str]:

@@ -9,14 +9,14 @@ from multiprocessing.process import BaseProcess
 
 import pytest
 
+from latte_flow.tools.fault_campaign import training_arguments
+from latte_flow.tools.faults.campaign import Campaign
+from latte_flow.tools.faults.inspection import step_of
+from latte_flow.tools.faults.moments import DATA, GRID, HALF_SHARD, STEP
+from latte_flow.tools.faults.plan import STOP_FILE, TERM, USR1, USR1_TWICE, Schedule, kill_cases, signal_cases
+from latte_flow.training.configs.parser import parse_config
 from tests.integration.conftest import REDUCED
 from tests.integration.launching import SERVER, _become, environment, free_port
-from tools.fault_campaign import training_arguments
-from tools.faults.campaign import Campaign
-from tools.faults.inspection import step_of
-from tools.faults.moments import DATA, GRID, HALF_SHARD, STEP
-from tools.faults.plan import STOP_FILE, TERM, USR1, USR1_TWICE, Schedule, kill_cases, signal_cases
-from training.command_line import parse_config
 
 RANKS = 2
 SEED = 1008

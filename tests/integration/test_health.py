@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from latte_flow.training.checkpoint.manifest import list_checkpoints
+from latte_flow.training.checkpoint.trained_weights import read_weights
+from latte_flow.training.monitor.watchdog import EXIT_HUNG
 from tests.integration.launching import Ranks, column, metrics
 from tests.integration.test_resume import assert_same_metrics
 from tests.integration.test_training import STEPS, assert_weights_equal
-from training.checkpoint_manifest import list_checkpoints
-from training.trained_weights import read_weights
-from training.watchdog import EXIT_HUNG
 
 
 def wait_for_steps(run: Ranks, output_dir: Path, count: int) -> None:

@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from latte_flow.training.checkpoint.manifest import list_checkpoints, read_manifest
+from latte_flow.training.configs.fields import Assumptions
+from latte_flow.training.configs.saved import load_config
+from latte_flow.training.dry_run import dry_run
 from tests.integration.launching import column, metrics
 from tests.integration.test_training import STEPS
-from training.checkpoint_manifest import list_checkpoints, read_manifest
-from training.config import Assumptions
-from training.dry_run import dry_run
-from training.saved_config import load_config
 
 GROUPS = range(4)
 TIMESTEP_BINS = [f"{i * 100:04d}_{(i + 1) * 100:04d}" for i in range(10)]

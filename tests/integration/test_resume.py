@@ -7,9 +7,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from latte_flow.training.checkpoint.manifest import list_checkpoints
 from tests.integration.launching import column, metrics
 from tests.integration.test_training import STEPS, assert_weights_equal, recorded
-from training.checkpoint_manifest import list_checkpoints
 
 REPRODUCIBLE = ("step", "loss", "loss_group_0", "loss_group_3", "grad_norm", "grad_norm_group_1", "lr", "samples")
 

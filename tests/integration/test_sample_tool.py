@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latte_flow.training.checkpoint.trained_weights import load_pipeline
 from tests.integration.launching import ROOT
-from training.trained_weights import load_pipeline
 
 
 def images(drawn) -> list[np.ndarray]:

@@ -9,20 +9,20 @@ import pytest
 import torch
 from PIL import Image
 
-from model.configuration import LatteFlowConfig
-from model.latte_flow import LatteFlowModel
-from model.partition import partition_dim, take_part
+from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.model.partition import partition_dim, take_part
+from latte_flow.training.checkpoint.formats.zero_shards import ZeroShards
+from latte_flow.training.checkpoint.io import safe_unpickling
+from latte_flow.training.checkpoint.trained_weights import read_weights
+from latte_flow.training.configs.fields import Assumptions
+from latte_flow.training.configs.saved import load_config
+from latte_flow.training.dry_run import dry_run, format_table
+from latte_flow.training.errors import UserError
 from tests.integration import tensor_parallel_ranks
 from tests.integration.launching import SERVER, column, metrics
 from tests.integration.launching import run as run_program
 from tests.integration.test_training import assert_losses_and_norms_agree, assert_weights_equal
-from training.checkpoint_io import safe_unpickling
-from training.config import Assumptions
-from training.dry_run import dry_run, format_table
-from training.errors import UserError
-from training.saved_config import load_config
-from training.trained_weights import read_weights
-from training.zero_shards import ZeroShards
 
 STEPS = 20
 WITHOUT_GRIDS = {"sample__every": 0, "max_steps": STEPS, "checkpoint__every": STEPS}

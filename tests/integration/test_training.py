@@ -2,7 +2,7 @@
 
 Promised here: any number of ranks, micro-batches and any ZeRO stage train the same samples with the same noise at the same
 timesteps, with losses and gradient norms that agree to rounding; every variant trains; the average of the weights is the one that
-training/ema.py writes down; sample grids and the frozen VLM leave no trace in each other's or the model's weights.
+training/optimizer.py writes down; sample grids and the frozen VLM leave no trace in each other's or the model's weights.
 """
 
 import json
@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
 
-from model.vlm import build_tiny_vlm
+from latte_flow.model.backbone import build_tiny_vlm
+from latte_flow.training.checkpoint.trained_weights import load_pipeline, read_weights
+from latte_flow.training.components import tiny_vlm_parts
+from latte_flow.training.configs.saved import load_config
+from latte_flow.training.data.datasets import load_image_dataset
 from tests.integration.launching import ROOT, column, metrics
-from training.components import tiny_vlm_parts
-from training.data.datasets import load_image_dataset
-from training.saved_config import load_config
-from training.trained_weights import load_pipeline, read_weights
 
 STEPS = 8
 
@@ -168,7 +168,7 @@ def test_all_groups_train_on_every_sample_at_a_timestep_of_their_own(command):
 
 
 def test_the_saved_average_is_the_closed_form_of_the_saved_weights(command):
-    """The closed form of training/ema.py in float64, from the weights saved after each step, with both kinds of decay."""
+    """The closed form of training/optimizer.py in float64, from the weights saved after each step, with both kinds of decay."""
     decay_limit = 0.3
     run = command.train(
         ranks=2,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from training.preemption import REQUEUE_FILE, STOP_FILE
+from latte_flow.training.monitor.preemption import REQUEUE_FILE, STOP_FILE
 
 STEPS = 60
 SMALL = ("--global_batch_size", "32", "--max_steps", str(STEPS), "--logging.every", "1", "--sample.every", "0")

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from model import attention
+from latte_flow.model import attention
 
 
 def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import eager_attention_forward
 
-from model import attention
-from model.attention import AttentionSpec, ContextKeyValues, Residual, joint_attention
+from latte_flow.model import attention
+from latte_flow.model.attention import AttentionSpec, ContextKeyValues, Residual, joint_attention
 from tests.attention_oracle import Chain, gradients, make_chain, relative_error, run_model, run_oracle
 
 pytestmark = pytest.mark.usefixtures("flash_attn")

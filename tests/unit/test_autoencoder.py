@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from model.autoencoder import DCAECodec, PixelCodec, load_codec
+from latte_flow.model.codecs import DCAECodec, PixelCodec, load_codec
 
 SCALING_FACTOR = 0.3189
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from training.checkpoint import CheckpointStore
-from training.checkpoint_manifest import check_files, list_checkpoints, read_manifest, step_name
-from training.errors import UserError
-from training.trained_weights import find_checkpoint, load_pipeline
+from latte_flow.training.checkpoint.manifest import check_files, list_checkpoints, read_manifest, step_name
+from latte_flow.training.checkpoint.store import CheckpointStore
+from latte_flow.training.checkpoint.trained_weights import find_checkpoint, load_pipeline
+from latte_flow.training.errors import UserError
 
 CONTENTS = {
     "mp_rank_00_model_states.pt": b"model" * 50,
@@ -283,7 +283,7 @@ def test_old_ones_that_cannot_be_removed_take_nothing_from_the_new_one(tmp_path,
     def busy(path):
         raise OSError(16, "Device or resource busy", str(path))
 
-    monkeypatch.setattr("training.checkpoint.shutil.rmtree", busy)
+    monkeypatch.setattr("latte_flow.training.checkpoint.store.shutil.rmtree", busy)
     store.clean_up(store.folder / step_name(2))
     assert "step_0000002 is saved, but old ones could not be removed: [Errno 16]" in capsys.readouterr().out
     assert (store.folder / "latest").read_text() == step_name(2)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from model.autoencoder import PRESETS, PixelCodec, apply_preset, load_codec
+from latte_flow.model.codecs import PRESETS, PixelCodec, apply_preset, load_codec
 from tests.tiny_models import save_tiny_dc_ae
 
 

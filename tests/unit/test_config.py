@@ -12,16 +12,16 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-import training.config
-from training.command_line import DEFAULT_CONFIG, parse_config
-from training.config import TrainingConfig
-from training.data.loader import BatchLayout
-from training.deepspeed_config import load_deepspeed_config, make_batch_layout
-from training.errors import UserError
-from training.saved_config import differences, load_config, save_config, to_yaml
+import latte_flow.training.configs.fields
+from latte_flow.training.configs.deepspeed import load_deepspeed_config
+from latte_flow.training.configs.fields import TrainingConfig
+from latte_flow.training.configs.parser import DEFAULT_CONFIG, parse_config
+from latte_flow.training.configs.saved import differences, load_config, save_config, to_yaml
+from latte_flow.training.distributed.batch_layout import BatchLayout, make_batch_layout
+from latte_flow.training.errors import UserError
 
-PRESETS = sorted(Path(training.config.__file__).parent.glob("configs/*.yaml"))
-REPOSITORY = Path(training.config.__file__).parents[1]
+PRESETS = sorted(Path(latte_flow.training.configs.fields.__file__).parent.glob("*.yaml"))
+REPOSITORY = Path(latte_flow.training.configs.fields.__file__).parents[2]
 
 
 def leaves(tree, prefix=()):

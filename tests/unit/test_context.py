@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.context import (
+from latte_flow.model.backbone import build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
+from latte_flow.model.context import (
     Context,
     as_key_values,
     encode_context,
@@ -12,7 +13,6 @@ from model.context import (
     tokenize_prompts,
     truncate_prompts,
 )
-from model.vlm import build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
 from tests.tiny import PROMPTS, image_prompts, make_vlm, noise, text_prompts
 
 LAYERS = 3

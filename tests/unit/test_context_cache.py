@@ -6,9 +6,10 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from model import context_cache
-from model.context import encode_context, tokenize_prompts
-from model.context_cache import (
+from latte_flow.model.backbone import build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
+from latte_flow.model.context import encode_context, tokenize_prompts
+from latte_flow.training.data import context_cache
+from latte_flow.training.data.context_cache import (
     FixedContextCache,
     LRUContextCache,
     PromptEncoder,
@@ -16,7 +17,6 @@ from model.context_cache import (
     context_capacity,
     make_context_source,
 )
-from model.vlm import build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
 from tests.unit.test_context import PROJECTIONS, assert_same_on_real_tokens, parts
 
 TEXTS = ["A red apple.", "Seven geese fly over the old mill.", "", "Ünïcode: 数字 🐸", "A red apple."]

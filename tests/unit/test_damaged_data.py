@@ -15,11 +15,11 @@ import pyarrow as pa
 import pytest
 import torch
 
+from latte_flow.training.configs.fields import DataConfig
+from latte_flow.training.data.datasets import load_image_dataset
+from latte_flow.training.data.whole_files import MappedFiles
+from latte_flow.training.errors import UserError, exit_code
 from tests.emoji import EMOJI, needs_emoji, write_emoji
-from training.config import DataConfig
-from training.data.datasets import load_image_dataset
-from training.data.whole_files import MappedFiles
-from training.errors import UserError, exit_code
 
 IMAGES = 24
 EIO_FILE = "/proc/self/mem"

@@ -16,14 +16,14 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from latte_flow.tools.encode_latents import encode_latents
+from latte_flow.training.configs.fields import DataConfig
+from latte_flow.training.data.datasets import load_image_dataset
+from latte_flow.training.data.latents.dataset import state_fingerprint
+from latte_flow.training.data.record import DataRecord
+from latte_flow.training.errors import UserError
 from tests.unit.test_damaged_data import DAMAGES, EIO_FILE, flip, loaded_by_a_worker, replace_by_link
 from tests.unit.test_hostile_files import FILE_NAMES, HOSTILE, JSON_VALUES, JUNK, mutated, rearranged
-from tools.encode_latents import encode_latents
-from training.config import DataConfig
-from training.data.datasets import load_image_dataset
-from training.data.latents import state_fingerprint
-from training.data.record import DataRecord
-from training.errors import UserError
 
 IMAGES, SHARD = 1257, 500
 CONFIG = DataConfig(dataset="latents", resolution=8, horizontal_flip=False)

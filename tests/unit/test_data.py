@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from model.randomness import Stream, uniform
-from model.timestep_experts import TimestepExperts
-from training.config import DataConfig
-from training.data.datasets import ImageDataset, digits_split, load_image_dataset
-from training.data.loader import Batch, BatchLayout, FlowMatchingSamples, MicroBatchSampler, make_loader
-from training.errors import UserError
+from latte_flow.model.randomness import Stream, uniform
+from latte_flow.model.timestep_experts import TimestepExperts
+from latte_flow.training.configs.fields import DataConfig
+from latte_flow.training.data.datasets import ImageDataset, digits_split, load_image_dataset
+from latte_flow.training.data.loader import MicroBatchSampler, make_loader
+from latte_flow.training.distributed.batch_layout import BatchLayout
+from latte_flow.training.errors import UserError
+from latte_flow.training.objectives.flow_matching import Batch, FlowMatchingSamples
 
 EMOJI = Path(__file__).parents[3] / "shared" / "data" / "emoji64"
 NUM_IMAGES, NUM_GROUPS, NULL_ROW = 23, 4, 3

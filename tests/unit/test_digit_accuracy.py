@@ -10,9 +10,9 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import recall_score
 from sklearn.svm import SVC
 
-from tools.digit_accuracy import digit_accuracy, fit_classifier, main, read_samples
-from training.data.datasets import digits_split
-from training.errors import UserError
+from latte_flow.tools.digit_accuracy import digit_accuracy, fit_classifier, main, read_samples
+from latte_flow.training.data.datasets import digits_split
+from latte_flow.training.errors import UserError
 
 
 def write_samples(folder, images, classes) -> None:

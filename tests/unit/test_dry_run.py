@@ -8,16 +8,17 @@ import pytest
 import torch
 from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 
-from model.configuration import LatteFlowConfig
-from model.context_cache import FixedContextCache, PromptEncoder
-from model.latte_flow import LatteFlowModel
-from training.command_line import parse_command, parse_config
-from training.components import build_components
-from training.config import Assumptions
-from training.data.datasets import load_image_dataset
-from training.deepspeed_config import load_deepspeed_config, make_batch_layout
-from training.dry_run import dry_run, format_table
-from training.errors import UserError
+from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.training.components import build_components
+from latte_flow.training.configs.deepspeed import load_deepspeed_config
+from latte_flow.training.configs.fields import Assumptions
+from latte_flow.training.configs.parser import parse_command, parse_config
+from latte_flow.training.data.context_cache import FixedContextCache, PromptEncoder
+from latte_flow.training.data.datasets import load_image_dataset
+from latte_flow.training.distributed.batch_layout import make_batch_layout
+from latte_flow.training.dry_run import dry_run, format_table
+from latte_flow.training.errors import UserError
 
 PAPER = [
     "--config=training/configs/digits.yaml",

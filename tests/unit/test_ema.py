@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.swa_utils import AveragedModel
 
-from training.ema import EMA_KEY, AdamWWithEMA
+from latte_flow.training.optimizer import EMA_KEY, AdamWWithEMA
 
 ARGUMENTS = {"lr": 0.03, "betas": (0.9, 0.95), "weight_decay": 0.1}
 

@@ -5,12 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from tests.unit.test_checkpoint_files import CONTENTS, write_checkpoint
-from tools.fault_campaign import claim_folder, earlier_result, main, training_arguments
-from tools.faults.campaign import Result, Start
-from tools.faults.inspection import VALID, checkpoint_states, damage, left_behind, newest_valid, resumed_from
-from tools.faults.moments import LAUNCH, REMOVAL, RESUME, saved_step
-from tools.faults.plan import (
+from latte_flow.tools.fault_campaign import claim_folder, earlier_result, main, training_arguments
+from latte_flow.tools.faults.campaign import Result, Start
+from latte_flow.tools.faults.inspection import VALID, checkpoint_states, damage, left_behind, newest_valid, resumed_from
+from latte_flow.tools.faults.moments import LAUNCH, REMOVAL, RESUME, saved_step
+from latte_flow.tools.faults.plan import (
     ALL_RANKS,
     DAMAGES,
     KILL_MOMENTS,
@@ -24,9 +23,10 @@ from tools.faults.plan import (
     kill_cases,
     signal_cases,
 )
-from tools.faults.tables import kill_table, one_line, signal_table
-from training.command_line import parse_config
-from training.errors import UserError
+from latte_flow.tools.faults.tables import kill_table, one_line, signal_table
+from latte_flow.training.configs.parser import parse_config
+from latte_flow.training.errors import UserError
+from tests.unit.test_checkpoint_files import CONTENTS, write_checkpoint
 
 SCHEDULE = Schedule(max_steps=12, save_every=3, grid_every=3, keep_last=2, batch=64)
 

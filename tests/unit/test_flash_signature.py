@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.attention import FLASH_MAX_HEAD_DIM, AttentionSpec
+from latte_flow.model.attention import FLASH_MAX_HEAD_DIM, AttentionSpec
 from tests.attention_oracle import make_chain, run_model
 
 ROOT = Path(__file__).parents[2]

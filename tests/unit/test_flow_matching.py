@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.flow_matching import (
+from latte_flow.model.flow_matching import (
     flow_matching_loss,
     interpolate,
     target_velocity,

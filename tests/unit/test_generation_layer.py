@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer, Qwen2VLRotaryEmbedding
 
-from model.attention import ContextKeyValues
-from model.context import encode_context
-from model.generation_layer import GenerationLayer
-from model.position import rotary_2d
+from latte_flow.model.attention import ContextKeyValues
+from latte_flow.model.context import encode_context
+from latte_flow.model.generation_layer import GenerationLayer
+from latte_flow.model.position import rotary_2d
 from tests.tiny import PROMPTS, make_config, make_model, make_vlm, noise, randomise
 
 pytestmark = pytest.mark.usefixtures("flash_attn")

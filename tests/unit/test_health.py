@@ -8,9 +8,9 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.config import HealthConfig
-from training.health import MIN_HISTORY, StepHealth
-from training.stragglers import RankTimer
+from latte_flow.training.configs.fields import HealthConfig
+from latte_flow.training.monitor.health import MIN_HISTORY, StepHealth
+from latte_flow.training.monitor.stragglers import RankTimer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,7 +87,7 @@ def test_skipped_steps_name_their_samples():
 
 def test_a_rank_timer_reports_each_interval_alone(monkeypatch):
     clock = iter([0.0, 2.0, 10.0, 11.0, 20.0, 26.0])
-    monkeypatch.setattr("training.stragglers.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("latte_flow.training.monitor.stragglers.time.perf_counter", lambda: next(clock))
     timer = RankTimer(torch.device("cpu"))
     with timer.on_host():
         pass

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from latte_flow.training.checkpoint.manifest import manifest_digest, read_manifest
+from latte_flow.training.checkpoint.trained_weights import find_checkpoint
+from latte_flow.training.configs.deepspeed import load_deepspeed_config
+from latte_flow.training.configs.fields import TrainingConfig
+from latte_flow.training.configs.parser import DEFAULT_CONFIG, parse_config
+from latte_flow.training.configs.saved import load_config, save_config, to_yaml
+from latte_flow.training.distributed.batch_layout import BatchLayout
+from latte_flow.training.errors import UserError
 from tests.unit.test_checkpoint_files import CONTENTS, entries, write_checkpoint
-from training.checkpoint_manifest import manifest_digest, read_manifest
-from training.command_line import DEFAULT_CONFIG, parse_config
-from training.config import TrainingConfig
-from training.data.loader import BatchLayout
-from training.deepspeed_config import load_deepspeed_config
-from training.errors import UserError
-from training.saved_config import load_config, save_config, to_yaml
-from training.trained_weights import find_checkpoint
 
 # Examples are shown as found: shrinking one that hangs would take hours.
 HOSTILE = {"suppress_health_check": [HealthCheck.function_scoped_fixture], "phases": [Phase.explicit, Phase.generate]}

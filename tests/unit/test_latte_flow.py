@@ -10,12 +10,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
 
-from model.configuration import LatteFlowConfig
-from model.context import encode_context
-from model.flow_matching import flow_matching_loss
-from model.latte_flow import LatteFlowModel
-from model.sampling import sample_latents
-from model.vlm import build_tiny_tokenizer, build_tiny_vlm, load_vlm, tiny_vlm_config
+from latte_flow.model.backbone import build_tiny_tokenizer, build_tiny_vlm, load_vlm, tiny_vlm_config
+from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.model.context import encode_context
+from latte_flow.model.flow_matching import flow_matching_loss
+from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.model.sampling import sample_latents
 from tests.tiny import PROMPTS, make_config, make_model, make_vlm, noise, randomise, text_prompts, vlm_config
 
 LAYERS = 8

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from training.metrics import LossMeter, MetricsWriter
+from latte_flow.training.monitor.metrics import LossMeter, MetricsWriter
 
 CPU = torch.device("cpu")
 

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLForConditionalGeneration
 
-from model.autoencoder import load_codec
-from model.configuration import LatteFlowConfig
-from model.latte_flow import LatteFlowModel
-from model.pipeline import LatteFlowPipeline, PipelineConfig
-from model.vlm import build_tiny_image_processor, build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
+from latte_flow.model.backbone import build_tiny_image_processor, build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
+from latte_flow.model.codecs import load_codec
+from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.model.pipeline import LatteFlowPipeline, PipelineConfig
 from tests.tiny import randomise
 
 QUESTION = "What is in the picture?"

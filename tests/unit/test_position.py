@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from model.position import rotary_2d
+from latte_flow.model.position import rotary_2d
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:

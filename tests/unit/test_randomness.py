@@ -9,7 +9,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.randomness import Stream, generator, permutation, standard_normal, uniform
+from latte_flow.model.randomness import Stream, generator, permutation, standard_normal, uniform
 
 WORDS = st.integers(0, 2**64 - 1)
 STREAMS = st.sampled_from(Stream)

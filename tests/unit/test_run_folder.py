@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from training.command_line import parse_config
-from training.errors import UserError
-from training.run_folder import Origin, check_output_dir, find_origin
-from training.saved_config import save_config
+from latte_flow.training.configs.parser import parse_config
+from latte_flow.training.configs.saved import save_config
+from latte_flow.training.errors import UserError
+from latte_flow.training.run_folder import Origin, check_output_dir, find_origin
 
 
 def make_run(folder: Path, *steps: int, **fields) -> Path:

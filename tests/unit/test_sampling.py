@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.context import encode_context
-from model.sampling import image_seeds, initial_noise, integrate, sample_latents, uniform_times
+from latte_flow.model.context import encode_context
+from latte_flow.model.sampling import image_seeds, initial_noise, integrate, sample_latents, uniform_times
 from tests.tiny import make_model, make_vlm, text_prompts
 
 MEAN, STD = 2.0, 0.3

@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from model.images import to_uint8
-from training.config import DataConfig
-from training.data.class_names import imagenet_names
-from training.data.datasets import load_image_dataset
-from training.data.images import BrokenImageError, center_crop, decode_image
-from training.data.sources import detect_dataset
-from training.errors import UserError
+from latte_flow.model.images import to_uint8
+from latte_flow.training.configs.fields import DataConfig
+from latte_flow.training.data.class_names import imagenet_names
+from latte_flow.training.data.datasets import load_image_dataset
+from latte_flow.training.data.images import BrokenImageError, center_crop, decode_image
+from latte_flow.training.data.sources import detect_dataset
+from latte_flow.training.errors import UserError
 
 SIDE = 8
 CLASSES = ("cat", "test", "train")  # two of them are names of splits to datasets

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.randomness import Stream, uniform
-from model.timestep_experts import TimestepExperts, uniform_boundaries
+from latte_flow.model.randomness import Stream, uniform
+from latte_flow.model.timestep_experts import TimestepExperts, uniform_boundaries
 
 PAPER_STRICT = [(1000, 750.25), (750.25, 500.5), (500.5, 250.75), (250.75, 0)]
 PAPER_TRAINING = [(1000, 700.25), (800.25, 450.5), (550.5, 200.75), (300.75, 0)]

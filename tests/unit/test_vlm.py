@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from model.configuration import LatteFlowConfig
-from model.context import encode_context, tokenize_prompts
-from model.latte_flow import LatteFlowModel
-from model.vlm import build_tiny_tokenizer, build_tiny_vlm, fingerprint, load_vlm, tiny_vlm_config
+from latte_flow.model.backbone import build_tiny_tokenizer, build_tiny_vlm, fingerprint, load_vlm, tiny_vlm_config
+from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.model.context import encode_context, tokenize_prompts
+from latte_flow.model.latte_flow import LatteFlowModel
 from tests.tiny import noise
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -45,7 +45,7 @@ def test_a_hub_id_is_loaded_and_has_the_fingerprint_of_its_files(folder, tokeniz
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
     program = (
-        "from model.vlm import checkpoint_folder, fingerprint, load_vlm\n"
+        "from latte_flow.model.backbone import checkpoint_folder, fingerprint, load_vlm\n"
         "vlm, tokenizer = load_vlm('latte/tiny-vlm')\n"
         "print(type(vlm).__name__, len(tokenizer), fingerprint(checkpoint_folder('latte/tiny-vlm')))\n"
     )

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from model.latte_flow import LatteFlowModel
-from model.weights.matching import MatchedSource, match_weights
-from model.weights.recognise import open_weights
-from model.weights.safetensors_files import write_safetensors
-from model.weights.source import TensorInfo, TrainingState, WeightSource
-from model.weights.torch_dcp import write_dcp, write_megatron_dist
-from model.weights.torch_files import write_megatron_ranks, write_torch_file
-from model.weights.universal import write_universal
+from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.training.checkpoint.formats.matching import MatchedSource, match_weights
+from latte_flow.training.checkpoint.formats.recognise import open_weights
+from latte_flow.training.checkpoint.formats.safetensors_files import write_safetensors
+from latte_flow.training.checkpoint.formats.source import TensorInfo, TrainingState, WeightSource
+from latte_flow.training.checkpoint.formats.torch_dcp import write_dcp, write_megatron_dist
+from latte_flow.training.checkpoint.formats.torch_files import write_megatron_ranks, write_torch_file
+from latte_flow.training.checkpoint.formats.universal import write_universal
 from tests.integration.launching import environment
 from tests.tiny import make_model, make_vlm
 

@@ -7,23 +7,23 @@ from pathlib import Path
 
 import torch
 
-from model.configuration import LatteFlowConfig, load_network_config
-from model.latte_flow import LatteFlowModel
-from model.partition import check_tensor_parallel
-from model.pipeline import PIPELINE_FILE
-from model.weights.matching import MatchedSource
-from model.weights.recognise import open_weights
-from model.weights.safetensors_files import write_safetensors
-from model.weights.source import EMA, EXPORT_FILE, MODEL, WeightSource
-from model.weights.torch_dcp import write_dcp, write_megatron_dist
-from model.weights.torch_files import write_megatron_ranks, write_torch_file
-from model.weights.universal import write_universal
-from tools.conversion.output_folder import check_output, make_partial_folder, replace
-from tools.conversion.qwen2_vl import compare_qwen2_vl, write_qwen2_vl
-from training.checkpoint_manifest import describe_file
-from training.durable import sync_folder, write_synced
-from training.errors import UserError
-from training.open_checkpoint import OpenedCheckpoint, open_checkpoint
+from latte_flow.model.configuration import LatteFlowConfig, load_network_config
+from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.model.partition import check_tensor_parallel
+from latte_flow.model.pipeline import PIPELINE_FILE
+from latte_flow.tools.conversion.output_folder import check_output, make_partial_folder, replace
+from latte_flow.tools.conversion.qwen2_vl import compare_qwen2_vl, write_qwen2_vl
+from latte_flow.training.checkpoint.formats.matching import MatchedSource
+from latte_flow.training.checkpoint.formats.recognise import open_weights
+from latte_flow.training.checkpoint.formats.safetensors_files import write_safetensors
+from latte_flow.training.checkpoint.formats.source import EMA, EXPORT_FILE, MODEL, WeightSource
+from latte_flow.training.checkpoint.formats.torch_dcp import write_dcp, write_megatron_dist
+from latte_flow.training.checkpoint.formats.torch_files import write_megatron_ranks, write_torch_file
+from latte_flow.training.checkpoint.formats.universal import write_universal
+from latte_flow.training.checkpoint.manifest import describe_file
+from latte_flow.training.checkpoint.opening import OpenedCheckpoint, open_checkpoint
+from latte_flow.training.durable import sync_folder, write_synced
+from latte_flow.training.errors import UserError
 
 FORMATS = (
     "safetensors",

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from model.weights.source import EMA, MODEL
-from training.open_checkpoint import open_checkpoint
+from latte_flow.training.checkpoint.formats.source import EMA, MODEL
+from latte_flow.training.checkpoint.opening import open_checkpoint
 
 
 def inspect(path: str, *, tag: str | None = None, model_folder: str | None = None, tensors: bool = False) -> dict:

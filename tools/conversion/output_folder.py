@@ -4,10 +4,11 @@ import os
 import shutil
 from pathlib import Path
 
-from model.weights.source import EXPORT_FILE, read_export_record
-from training.durable import PARTIAL, sync_folder
-from training.errors import UserError
-from training.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE
+from latte_flow.training.checkpoint.formats.source import EXPORT_FILE, read_export_record
+from latte_flow.training.checkpoint.manifest import CHECKPOINTS_FOLDER
+from latte_flow.training.configs.saved import CONFIG_FILE
+from latte_flow.training.durable import PARTIAL, sync_folder
+from latte_flow.training.errors import UserError
 
 FILE_SUFFIXES = (".safetensors", ".pt", ".bin", ".pth")
 

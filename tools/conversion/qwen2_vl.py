@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from model.configuration import LatteFlowConfig
-from model.pipeline import TOKENIZER_FOLDER, PipelineConfig
-from model.vlm import load_vlm
-from model.weights.matching import load_weights
-from model.weights.source import TensorInfo, WeightSource
+from latte_flow.model.backbone import load_vlm
+from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.model.pipeline import TOKENIZER_FOLDER, PipelineConfig
+from latte_flow.training.checkpoint.formats.matching import load_weights
+from latte_flow.training.checkpoint.formats.source import TensorInfo, WeightSource
 
 PREFIX = "vlm."
 """Of the VLM's weights in a Blend model."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tools.faults.inspection import (
+from latte_flow.tools.faults.inspection import (
     VALID,
     checkpoint_states,
     compare,
@@ -28,7 +28,7 @@ from tools.faults.inspection import (
     resumed_from,
     step_of,
 )  # fmt: skip
-from tools.faults.launches import (
+from latte_flow.tools.faults.launches import (
     POLL_SECONDS,
     Launch,
     Starter,
@@ -37,8 +37,8 @@ from tools.faults.launches import (
     wait_for_end,
     with_descendants,
 )
-from tools.faults.moments import ANYWHERE, DATA, LAUNCH, Watch, read_events
-from tools.faults.plan import (
+from latte_flow.tools.faults.moments import ANYWHERE, DATA, LAUNCH, Watch, read_events
+from latte_flow.tools.faults.plan import (
     ALL_RANKS,
     KILL_SECONDS,
     LAUNCHER,
@@ -53,8 +53,8 @@ from tools.faults.plan import (
     Fault,
     Schedule,
 )  # fmt: skip
-from training import preemption
-from training.errors import UserError
+from latte_flow.training.errors import UserError
+from latte_flow.training.monitor import preemption
 
 PLAIN, WATCHED = "training/main.py", "tools/faults/slowed_training.py"
 LIMIT = 600.0

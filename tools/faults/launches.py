@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from training.errors import UserError
+from latte_flow.training.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.01

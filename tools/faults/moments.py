@@ -2,7 +2,7 @@
 
 The product knows nothing of this. What takes a millisecond in a small run (a write, a rename, a batch) is wrapped in the ranks'
 processes so that it takes ``Watch.seconds``; before and after, a line goes to a file of events that the campaign reads. The
-wrappers sit at torch and the operating system where they can, so that they hold however training/checkpoint.py is written.
+wrappers sit at torch and the operating system where they can, so that they hold however training/checkpoint/store.py is written.
 
 Events are JSON objects, one a line: event, rank, pid, and for some step:
 
@@ -128,7 +128,7 @@ class Moments:
             time.sleep(0.01)
 
     def _announce_steps(self) -> None:
-        from training.trainer import Trainer
+        from latte_flow.training.trainer import Trainer
 
         train_step = Trainer.train_step
 
@@ -142,7 +142,7 @@ class Moments:
         Trainer.train_step = announcing
 
     def _in_the_model_folder(self) -> None:
-        from model.pipeline import LatteFlowPipeline
+        from latte_flow.model.pipeline import LatteFlowPipeline
 
         save_components = LatteFlowPipeline.save_components
 
@@ -163,7 +163,7 @@ class Moments:
         LatteFlowPipeline.save_components = slow
 
     def _in_a_sample(self) -> None:
-        from training.data.loader import FlowMatchingSamples
+        from latte_flow.training.objectives.flow_matching import FlowMatchingSamples
 
         get = FlowMatchingSamples.__getitem__
 
@@ -176,7 +176,7 @@ class Moments:
         FlowMatchingSamples.__getitem__ = slow
 
     def _in_the_grid(self) -> None:
-        from training import sample_grid
+        from latte_flow.training.monitor import sample_grid
 
         sample_latents = sample_grid.sample_latents
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from random import Random
 
-from tools.faults.moments import (
+from latte_flow.tools.faults.moments import (
     ANYWHERE,
     BUILD,
     DATA,
@@ -22,8 +22,8 @@ from tools.faults.moments import (
     SAVE_MOMENTS,
     STEP,
 )  # fmt: skip
-from training.config import TrainingConfig
-from training.errors import UserError
+from latte_flow.training.configs.fields import TrainingConfig
+from latte_flow.training.errors import UserError
 
 ONE_RANK, ALL_RANKS, LAUNCHER = "one rank", "all ranks", "the launcher"
 VICTIMS = (ONE_RANK, ALL_RANKS, LAUNCHER)

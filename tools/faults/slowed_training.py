@@ -7,7 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from tools.faults.moments import Moments, Watch
+from latte_flow.tools.faults.moments import Moments, Watch
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from tools.faults.campaign import Result
-from tools.faults.inspection import VALID
-from tools.faults.moments import RESUME, STEP
-from tools.faults.plan import KILL_MOMENTS, LEAVES, VICTIMS
+from latte_flow.tools.faults.campaign import Result
+from latte_flow.tools.faults.inspection import VALID
+from latte_flow.tools.faults.moments import RESUME, STEP
+from latte_flow.tools.faults.plan import KILL_MOMENTS, LEAVES, VICTIMS
 
 
 def one_line(result: Result) -> str:

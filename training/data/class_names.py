@@ -6,7 +6,7 @@ import logging
 import re
 from pathlib import Path
 
-from training.errors import UserError
+from latte_flow.training.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from model.randomness import Stream, permutation
-from training.config import DataConfig
-from training.data.images import ImageDataset
-from training.data.latents import LatentDataset, load_latent_dataset
-from training.data.sources import load_image_source
-from training.errors import UserError
+from latte_flow.model.randomness import Stream, permutation
+from latte_flow.training.configs.fields import DataConfig
+from latte_flow.training.data.images import ImageDataset
+from latte_flow.training.data.latents.dataset import LatentDataset, load_latent_dataset
+from latte_flow.training.data.sources import load_image_source
+from latte_flow.training.errors import UserError
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGITS_TRAIN_FRACTION = 0.7

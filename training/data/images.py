@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from training.errors import UserError
+from latte_flow.training.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from training.data.images import ImageDataset
-from training.data.latents import ENCODE_AGAIN, LatentDataset
-from training.durable import write_durably
-from training.errors import UserError
+from latte_flow.training.data.images import ImageDataset
+from latte_flow.training.data.latents.dataset import ENCODE_AGAIN, LatentDataset
+from latte_flow.training.distributed.collectives import gather, is_first_rank
+from latte_flow.training.durable import write_durably
+from latte_flow.training.errors import UserError
 
 SAID_BYTES = 2**31
 """Reading more than that is announced."""
@@ -54,12 +55,11 @@ class DataRecord:
         if not self.is_new or not isinstance(self.dataset, LatentDataset):
             return
         total = sum(shard["bytes"] for shard in self.dataset.manifest["shards"])
-        if total > SAID_BYTES and dist.get_rank() == 0:
+        if total > SAID_BYTES and is_first_rank():
             print(
                 f"{self.dataset.name}: reading {total / 2**30:.1f} GiB to compare them with their SHA-256", flush=True
             )
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, self.dataset.damaged_shards(dist.get_rank(), dist.get_world_size()))
+        parts = gather(self.dataset.damaged_shards(dist.get_rank(), dist.get_world_size()))
         if damaged := [problem for part in parts for problem in part]:
             more = f" and {len(damaged) - 3} more" if damaged[3:] else ""
             raise UserError(f"data.path: {'; '.join(damaged[:3])}{more}; accepted: {ENCODE_AGAIN}")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from training.config import DataConfig
-from training.data.class_names import resolve_class_names
-from training.data.images import BrokenImageError, ImageDataset, decode_image
-from training.data.whole_files import STATE_FILE, MappedFiles, check_end, check_tars, damaged_file
-from training.errors import UserError
+from latte_flow.training.configs.fields import DataConfig
+from latte_flow.training.data.class_names import resolve_class_names
+from latte_flow.training.data.images import BrokenImageError, ImageDataset, decode_image
+from latte_flow.training.data.whole_files import STATE_FILE, MappedFiles, check_end, check_tars, damaged_file
+from latte_flow.training.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from training.errors import UserError
+from latte_flow.training.errors import UserError
 
 STATE_FILE = "state.json"
 """What save_to_disk writes beside its Arrow files."""

@@ -1,0 +1,81 @@
+"""Take a checkpoint into an engine with other ranks, another ZeRO stage or another tensor_parallel than it was written with.
+
+DeepSpeed's own loading wants the shards cut as they were. Here every parameter is put together by name from the shards (master
+weight, moments, moving average) and each rank takes its part of it, so any number of ranks and any stage goes on from any other.
+Nothing random is kept in checkpoints (training/data/loader.py), so samples and noise are those of the run before.
+"""
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from latte_flow.model.partition import take_part, whole_shape
+from latte_flow.training.checkpoint.formats.source import MODEL, WeightSource
+from latte_flow.training.distributed.zero import holds_part, prepare_optimizer_state, refresh_model_weights, write_state
+from latte_flow.training.errors import UserError
+
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+
+
+def load_resharded(engine, source: WeightSource) -> dict:
+    """Load weights, optimizer state, moving average and counters into an engine that has not trained yet. Collective.
+
+    Args:
+        engine: a DeepSpeed engine with ZeRO over an AdamWWithEMA.
+        source: a checkpoint of a format that holds the optimizer's state.
+
+    Returns:
+        What ``CheckpointStore.save`` was given as the client state, among entries of DeepSpeed.
+
+    Raises:
+        UserError: when the checkpoint is of another network.
+    """
+    state = source.training_state
+    infos = source.tensors
+    untrained = {name: source.read(name) for name in infos if name not in state.shapes}
+    # This rank's part of what is split; without tensor parallelism it is the whole.
+    rank, size = (0, 1) if engine.mpu is None else (engine.mpu.get_model_parallel_rank(), engine.mp_world_size)
+    _check_shapes(source, engine.module, size)
+    trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    prepare_optimizer_state(engine.optimizer, state.state_keys, state.updates)
+    for name, parameter in trained.items():
+        for key in (None, *state.state_keys) if holds_part(parameter) else ():
+            write_state(parameter, take_part(name, source.read(name, key or MODEL), rank, size), key)
+    refresh_model_weights(engine.optimizer)
+    _load_untrained(engine.module, {name: take_part(name, t, rank, size) for name, t in untrained.items()})
+    for counter in COUNTERS:
+        setattr(engine, counter, state.model_states[counter])
+    return state.model_states
+
+
+def _check_shapes(source: WeightSource, model: torch.nn.Module, tensor_parallel: int) -> None:
+    def describe(shape: torch.Size, trained: bool) -> str:
+        return f"{list(shape)} {'trained' if trained else 'frozen'}"
+
+    buffers = {name for name, _ in model.named_buffers()}
+    trained = source.training_state.shapes
+    there = {n: describe(info.shape, n in trained) for n, info in source.tensors.items() if n not in buffers}
+    here = {
+        name: describe(whole_shape(name, getattr(p, "ds_shape", p.shape), tensor_parallel), p.requires_grad)
+        for name, p in model.named_parameters()
+    }
+    wrong = [
+        f"{name}: {there.get(name, 'missing')} there, {here.get(name, 'missing')} here"
+        for name in sorted(here.keys() | there.keys())
+        if here.get(name) != there.get(name)
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{source.path}: holds the weights of another network ({'; '.join(wrong[:3])}{more})")
+
+
+@torch.no_grad()
+def _load_untrained(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy frozen parameters and buffers."""
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    for name, value in tensors.items():
+        target = parameters[name] if name in parameters else buffers[name]
+        # Under stage 3 parameters are sharded; rank 0's copy is what all ranks get.
+        with deepspeed.zero.GatheredParameters([target], modifier_rank=0, enabled=hasattr(target, "ds_id")):
+            if not hasattr(target, "ds_id") or dist.get_rank() == 0:
+                target.copy_(value)

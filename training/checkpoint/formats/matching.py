@@ -1,0 +1,109 @@
+"""Names in a file against names in a network: every weight exactly once, each of its shape."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from latte_flow.training.checkpoint.formats.source import TensorInfo, TrainingState, WeightSource
+
+
+def match_weights(model: nn.Module, tensors: Mapping[str, TensorInfo | Tensor]) -> dict[str, list[str]]:
+    """Return which of a network's weights are found under which names; tied weights have several, of which one is enough.
+
+    Args:
+        model: the network; it may be on the meta device.
+        tensors: what there is.
+
+    Returns:
+        Name in the network -> the names there are, one or more.
+
+    Raises:
+        ValueError: when a weight is missing, unknown or of another shape; the message names the first few.
+    """
+    own = model.state_dict(keep_vars=True)
+    names_of: dict[int, list[str]] = {}
+    for name, tensor in own.items():
+        names_of.setdefault(id(tensor), []).append(name)
+    missing = [names[0] for names in names_of.values() if not any(name in tensors for name in names)]
+    unknown = [name for name in tensors if name not in own]
+    wrong = [
+        f"{name} {list(tensors[name].shape)} instead of {list(own[name].shape)}"
+        for name in tensors
+        if name in own and tensors[name].shape != own[name].shape
+    ]
+    for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong)):
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise ValueError(f"weights: {len(names)} {what}: {shown}; they are not of this network")
+    return {names[0]: [name for name in names if name in tensors] for names in names_of.values()}
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor] | WeightSource, kind: str | None = None) -> None:
+    """Load weights into a network, one after the other; every parameter exactly once.
+
+    Args:
+        model: the network.
+        weights: a state dict, or where to read one.
+        kind: which weights of a source; None for its first.
+
+    Raises:
+        ValueError: as ``match_weights``, before anything is loaded; or when a file is damaged.
+    """
+    own = model.state_dict(keep_vars=True)
+    is_source = isinstance(weights, WeightSource)
+    names = match_weights(model, weights.tensors if is_source else weights)
+    with torch.no_grad():
+        for name, there in names.items():
+            own[name].copy_(weights.read(there[0], kind) if is_source else weights[there[0]])
+
+
+class MatchedSource(WeightSource):
+    """A source under the names of a network, one name a weight, of one kind and type.
+
+    Args:
+        source: what is read.
+        model: the network that it must be of; it may be on the meta device.
+        kind: which of the source's weights ``read`` returns.
+        dtype: what floating-point weights are cast to; None leaves them as they are.
+
+    Raises:
+        ValueError: as ``match_weights``, or when weights that are tied in the network differ in the source.
+    """
+
+    def __init__(self, source: WeightSource, model: nn.Module, kind: str, dtype: torch.dtype | None = None):
+        self.format, self.path, self.step, self.world_size = (
+            source.format, source.path, source.step, source.world_size,
+        )  # fmt: skip
+        self.kinds = (kind,)
+        self._source, self._dtype = source, dtype
+        infos = source.tensors
+        self._names = match_weights(model, infos)
+        self._tensors = {name: self._describe(infos[there[0]]) for name, there in self._names.items()}
+        for name, there in self._names.items():
+            for other in there[1:]:
+                if not torch.equal(source.read(there[0], kind), source.read(other, kind)):
+                    raise ValueError(f"weights: {there[0]} and {other} differ, but {name} is tied in this network")
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._tensors
+
+    def _read(self, name: str, kind: str) -> Tensor:
+        tensor = self._source.read(self._names[name][0], kind)
+        if tensor.shape != self._tensors[name].shape:
+            raise ValueError(
+                f"{self.path}: {name} is {list(tensor.shape)}, but was announced as {list(self._tensors[name].shape)}"
+            )
+        return tensor.to(self._cast(tensor.dtype))
+
+    def keep_training_state(self) -> None:
+        """Offer all that the source has for going on with a training, its weights as they were trained."""
+        self.training_state: TrainingState | None = self._source.training_state
+        self.kinds = self._source.kinds
+
+    def _describe(self, info: TensorInfo) -> TensorInfo:
+        return TensorInfo(info.shape, self._cast(info.dtype))
+
+    def _cast(self, dtype: torch.dtype) -> torch.dtype:
+        return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype

@@ -1,0 +1,139 @@
+"""safetensors: a single file, or Hugging Face's shards with an index."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latte_flow.training.checkpoint.formats.source import MODEL, TensorInfo, WeightSource, reading
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class SafetensorsSource(WeightSource):
+    """One file, or the shards that an index names.
+
+    Args:
+        path: a .safetensors file or an .index.json.
+
+    Raises:
+        ValueError: when a file is missing or damaged, or shards are of different steps.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.format = "safetensors" if path.suffix == ".safetensors" else "safetensors-sharded"
+        placed = None if path.suffix == ".safetensors" else read_index(path)
+        files = [path] if placed is None else sorted({path.parent / file for file in placed.values()})
+        self._file_of: dict[str, Path] = {}
+        self._tensors: dict[str, TensorInfo] = {}
+        steps: dict[str | None, Path] = {}
+        for file in files:
+            with reading(file), _open(file) as opened:
+                metadata = opened.metadata() or {}
+                steps.setdefault(metadata.get("step"), file)
+                self.kinds = (metadata.get("weights", MODEL),)
+                for name in list(opened.keys()):
+                    if name in self._file_of:
+                        raise ValueError(f"{file}: holds {name}, which {self._file_of[name].name} holds too")
+                    part = opened.get_slice(name)
+                    self._file_of[name] = file
+                    if part.get_dtype() not in DTYPES:
+                        raise ValueError(f"{file}: {name} is of type {part.get_dtype()}; accepted: {', '.join(DTYPES)}")
+                    self._tensors[name] = TensorInfo(torch.Size(part.get_shape()), DTYPES[part.get_dtype()])
+        if len(steps) > 1:
+            raise ValueError(
+                f"{path}: its shards are of different steps: "
+                + ", ".join(f"{file.name} of step {step}" for step, file in steps.items())
+            )
+        step = next(iter(steps), None)
+        self.step = int(step) if step is not None and step.isdigit() else None
+        for name, file in (placed or {}).items():
+            if name not in self._file_of:
+                raise ValueError(f"{path}: {name} is not in {file}, where the index says it is")
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._tensors
+
+    def _read(self, name: str, kind: str) -> Tensor:
+        file = self._file_of[name]
+        with reading(file), _open(file) as opened:
+            return opened.get_tensor(name)
+
+
+def _open(file: Path):
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file}: damaged ({error})") from error
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return tensor name -> file name of a Hugging Face index of shards; files are in the index's own folder.
+
+    Raises:
+        ValueError: when it is damaged or leads out of its folder.
+    """
+    with reading(path):
+        placed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        for name, file in placed.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ValueError(f"{path}: says that {name} is in {file!r}; accepted: a file beside the index")
+    return placed
+
+
+def write_safetensors(
+    folder: Path, source: WeightSource, *, max_shard_size: str | None, metadata: Mapping[str, str]
+) -> None:
+    """Write model.safetensors, or shards with model.safetensors.index.json. One shard at a time is in memory.
+
+    Args:
+        folder: to write to.
+        source: what is written.
+        max_shard_size: such as ``5GB``; None writes a single file.
+        metadata: goes into every file.
+
+    Raises:
+        ValueError: when max_shard_size is not a size.
+    """
+    metadata, infos = {"format": "pt", **metadata}, source.tensors
+    if max_shard_size is None:
+        save_file({name: source.read(name).contiguous() for name in infos}, folder / WEIGHTS_FILE, metadata=metadata)
+        return
+    try:
+        split = split_state_dict_into_shards_factory(
+            dict(infos),
+            get_storage_size=lambda info: info.num_bytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise ValueError(f"max_shard_size: {error}; accepted: such as 5GB or 200MB") from error
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: source.read(name).contiguous() for name in names}, folder / file, metadata=metadata)
+    index = {
+        "metadata": {"total_size": sum(info.num_bytes for info in infos.values())},
+        "weight_map": split.tensor_to_filename,
+    }
+    if not split.is_sharded:  # all fit into one: an index all the same, for it was asked for
+        index["weight_map"] = dict.fromkeys(infos, WEIGHTS_FILE)
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2))

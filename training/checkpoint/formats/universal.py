@@ -1,0 +1,206 @@
+"""DeepSpeed's universal checkpoint: every parameter and optimizer state whole, in a file of its own.
+
+    zero/NAME/fp32.pt, exp_avg.pt, exp_avg_sq.pt, step.pt     a trained parameter; ema.pt is ours
+    zero/optimizer_state.pt                                   the optimizer's settings
+    mp_rank_00_model_states.pt                                the model's weights in its own type, frozen ones, counters
+
+``deepspeed.checkpoint.ds_to_universal`` writes the same without ema.pt, of which it knows nothing.
+"""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latte_flow.model.partition import join_parts
+from latte_flow.training.checkpoint.formats.source import (
+    MODEL,
+    TensorInfo,
+    TrainingState,
+    WeightSource,
+    check_counters,
+    kinds_of_training,
+    load_torch_file,
+    reading,
+    trained_step,
+)
+
+ZERO_FOLDER = "zero"
+WEIGHT_KEY = "fp32"
+STEP_KEY = "step"
+PARAM = "param"
+CAT_DIM = "cat_dim"
+MODEL_FILE = "mp_rank_00_model_states.pt"
+OPTIMIZER_FILE = "optimizer_state.pt"
+MODULE = "module"
+
+
+class _LossScaler:
+    """Stands for DeepSpeed's class of that name, whose content is of no use here."""
+
+
+STAND_INS = [
+    (_LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+]
+"""What DeepSpeed's optimizer_state.pt names, and what is taken for it."""
+
+
+class UniversalSource(WeightSource):
+    """A folder with ``zero/``.
+
+    Raises:
+        ValueError: when a parameter's file is missing, or parameters are of different steps.
+    """
+
+    format = "deepspeed-universal"
+
+    def __init__(self, path: Path):
+        self.path = path
+        files = sorted(path.glob("*model_states.pt"))
+        if not files:
+            raise ValueError(f"{path}: holds {ZERO_FOLDER}/ but no {MODEL_FILE}")
+        self._modules, fragments, alias = [], [], set()
+        for file in files:
+            states = load_torch_file(file)
+            with reading(file):
+                self._modules.append(states.pop(MODULE))
+                fragments.append(states.pop("frozen_param_fragments", None) or {})
+                shapes = {name: torch.Size(shape) for group in states["param_shapes"] for name, shape in group.items()}
+                frozen = {name: torch.Size(shape) for name, shape in (states.get("frozen_param_shapes") or {}).items()}
+                alias |= set(states.get("shared_params") or {})
+        folders = {p.name: p for p in (path / ZERO_FOLDER).iterdir() if p.is_dir()}
+        missing = [name for name in shapes if name not in folders or not (folders[name] / f"{WEIGHT_KEY}.pt").is_file()]
+        if missing:
+            raise ValueError(f"{path}: {ZERO_FOLDER}/{missing[0]}/{WEIGHT_KEY}.pt is missing")
+        self._folders = {name: folders[name] for name in shapes}
+        # A part of a tensor-parallel rank has another shape than the whole, which is what the files hold.
+        whole = {name: self._load(name, WEIGHT_KEY) for name in shapes}
+        self._shapes = {
+            name: tensor.shape if tensor.shape.numel() != shapes[name].numel() else shapes[name]
+            for name, tensor in whole.items()
+        }
+        names = sorted(self._folders.get(next(iter(shapes), ""), path).glob("*.pt"))
+        state_keys = tuple(p.stem for p in names if p.stem not in (WEIGHT_KEY, STEP_KEY)) if shapes else ()
+        untrained = [name for name in self._modules[0] if name not in shapes and name not in alias]
+        self._untrained = {name: self._join(name, frozen.get(name), fragments) for name in untrained}
+        self.step = trained_step(states)
+        self._state_keys = state_keys
+        self.kinds = kinds_of_training(state_keys)
+        optimizer = path / ZERO_FOLDER / OPTIMIZER_FILE
+        if state_keys and optimizer.is_file():
+            with torch.serialization.safe_globals(STAND_INS):
+                settings = load_torch_file(optimizer)
+            self.training_state = TrainingState(
+                shapes=self._shapes,
+                state_keys=state_keys,
+                updates=self._updates(settings),
+                model_states=states,
+                optimizer=settings,
+            )
+            check_counters(path, states, self.training_state.updates)
+
+    def _join(self, name: str, shape: torch.Size | None, fragments: list[dict]) -> Tensor:
+        """Return an untrained tensor. DeepSpeed's converter leaves those of stage 3 cut into ranks' parts, the last padded."""
+        parts = [module[name] for module in self._modules]
+        if shape is not None and parts[0].shape != shape and all(name in fragment for fragment in fragments):
+            return torch.cat([fragment[name].flatten() for fragment in fragments])[: shape.numel()].view(shape)
+        return join_parts(name, parts)
+
+    def _updates(self, settings: dict) -> int:
+        """Return how many updates the optimizer has done; every parameter must say the same."""
+        steps = {}
+        for name, folder in self._folders.items():
+            file = folder / f"{STEP_KEY}.pt"
+            if file.is_file():
+                steps.setdefault(int(load_torch_file(file)), name)
+        if len(steps) > 1:
+            (first, one), (second, other), *_ = steps.items()
+            raise ValueError(f"{self.path}: {one} is of update {first}, {other} of update {second}")
+        if steps:
+            return next(iter(steps))
+        with reading(self.path / ZERO_FOLDER / OPTIMIZER_FILE):  # as DeepSpeed writes it of stage 3
+            return int(settings["optimizer_state_dict"]["state"][0][STEP_KEY])
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        infos = {name: TensorInfo(shape, torch.float32) for name, shape in self._shapes.items()}
+        return infos | {name: TensorInfo(t.shape, t.dtype) for name, t in self._untrained.items()}
+
+    def _read(self, name: str, kind: str) -> Tensor:
+        if name not in self._shapes:
+            return self._untrained[name].clone()
+        # One that holds nothing but averaged weights has them in the place of the weights.
+        key = kind if kind in self._state_keys else WEIGHT_KEY
+        tensor, shape = self._load(name, key), self._shapes[name]
+        if tensor.numel() != shape.numel():
+            raise ValueError(f"{self._folders[name] / key}.pt: has shape {list(tensor.shape)} instead of {list(shape)}")
+        return tensor.reshape(shape).clone()
+
+    def _load(self, name: str, key: str) -> Tensor:
+        file = self._folders[name] / f"{key}.pt"
+        content = load_torch_file(file)
+        tensor = content.get(PARAM) if isinstance(content, dict) else content
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{file}: holds no tensor")
+        return tensor
+
+
+def write_universal(folder: Path, source: WeightSource) -> None:
+    """Write a universal checkpoint: with the optimizer's state, if the source has it, or with the weights alone.
+
+    Args:
+        folder: to write to.
+        source: what is written; with a training state all its kinds are.
+    """
+    state, infos = source.training_state, source.tensors
+    # Without a training state nothing says what was trained: float32 weights may start a training, others stay as they are.
+    trained = dict(state.shapes) if state else {n: i.shape for n, i in infos.items() if i.dtype == torch.float32}
+    (folder / ZERO_FOLDER).mkdir()
+    states = dict(state.model_states) if state else _empty_model_states(source.step)
+    precision = torch.bfloat16 if (states.get("ds_config") or {}).get("bf16", {}).get("enabled") is True else None
+    module = {}
+    for name in infos:
+        if name not in trained:
+            module[name] = source.read(name)
+            continue
+        target = folder / ZERO_FOLDER / name
+        target.mkdir(parents=True)
+        keys = {WEIGHT_KEY: MODEL if state else None} | {key: key for key in (state.state_keys if state else ())}
+        for key, which in keys.items():
+            tensor = source.read(name, which).float()
+            if key == WEIGHT_KEY:
+                module[name] = tensor.to(precision or tensor.dtype)
+            torch.save({PARAM: tensor, CAT_DIM: 0}, target / f"{key}.pt")
+        if state:
+            torch.save(torch.tensor(float(state.updates)), target / f"{STEP_KEY}.pt")
+    if state:
+        settings = {key: value for key, value in state.optimizer.items() if key != "state"}
+        counter = {
+            "state": {0: {STEP_KEY: torch.tensor(float(state.updates))}},
+            "param_groups": settings["param_groups"],
+        }
+        torch.save(settings | {"optimizer_state_dict": counter}, folder / ZERO_FOLDER / OPTIMIZER_FILE)
+    states |= {
+        MODULE: module,
+        "param_shapes": [{name: torch.Size(shape) for name, shape in trained.items()}],
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+    }
+    torch.save(states, folder / MODEL_FILE)
+
+
+def _empty_model_states(step: int | None) -> dict:
+    return {
+        "buffer_names": [],
+        "optimizer": None,
+        "lr_scheduler": None,
+        "shared_params": {},
+        "frozen_param_shapes": {},
+        "global_steps": step or 0,
+        "global_samples": 0,
+        "skipped_steps": 0,
+        "ds_version": version("deepspeed"),
+    }

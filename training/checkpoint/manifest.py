@@ -1,0 +1,146 @@
+"""What a checkpoint on a disk is: a folder of one step whose manifest.json verifies.
+
+A manifest is read before anything else is trusted, so nothing in it is followed that could not be a checkpoint's.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from latte_flow.training.checkpoint.formats.zero_shards import MODEL_SUFFIX, OPTIMIZER_SUFFIX
+from latte_flow.training.errors import UserError
+
+CHECKPOINTS_FOLDER = "checkpoints"
+MODEL_FOLDER = "model"
+"""Folders of an output_dir: the checkpoints, and the model folder without weights (model/pipeline.py)."""
+MANIFEST = "manifest.json"
+LATEST = "latest"
+"""DeepSpeed's file that names the newest checkpoint of a folder."""
+PARTIAL_SUFFIX = ".partial"
+"""Of a folder that is being written."""
+STEP_FOLDER = re.compile(r"step_\d{7,}")
+FILE_NAME = re.compile(r"[\w-][\w.-]{0,254}", re.ASCII)
+"""What files of a checkpoint are called: in the folder itself, so a manifest cannot lead out of it."""
+DIGEST = re.compile(r"[0-9a-f]{64}")
+TENSOR_PARALLEL = "tensor_parallel"
+OWN_DIGEST = "sha256"
+"""The key under which a manifest has the SHA-256 of its own content; those of older versions have none."""
+
+
+def step_name(step: int) -> str:
+    """Return the folder name of a step's checkpoint."""
+    return f"step_{step:07d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the folders of a run's steps, oldest first; partial ones are none. One without a manifest is a damaged one."""
+    paths = [path for path in folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
+    return sorted(paths, key=lambda path: (len(path.name), path.name))  # step_10000000 comes after step_9999999
+
+
+def named_checkpoints(path: Path) -> list[Path]:
+    """Return the checkpoints that a path means, oldest first: one step's folder, or all of an output_dir; none are verified."""
+    if path.is_dir() and (STEP_FOLDER.fullmatch(path.name) or (path / MANIFEST).is_file()):
+        return [path]
+    return list_checkpoints(path / CHECKPOINTS_FOLDER)
+
+
+def read_manifest(path: Path) -> dict:
+    """Return a checkpoint's manifest: step, world_size, zero_stage, tensor_parallel (older ones have none: 1), files.
+
+    Raises:
+        UserError: when it is missing or not what ``save`` writes.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        check_manifest(manifest)
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path / MANIFEST}: missing or damaged ({error})") from error
+
+
+def check_files(
+    path: Path,
+    share: Callable[[list[str]], list[str]] = list,
+    *,
+    contents: bool = True,
+    record: Callable[[Path], dict] = read_manifest,
+) -> Iterator[tuple[str, str]]:
+    """Yield (file name, problem) for each of this rank's share of the files that is not what the manifest says.
+
+    Args:
+        path: a checkpoint's folder.
+        share: list of files -> the part of it to look at.
+        contents: whether to read the files, too.
+        record: what says which files there are.
+    """
+    try:
+        files = record(path)["files"]
+    except ValueError as error:
+        yield MANIFEST, str(error)
+        return
+    for name in share(sorted(files)):
+        entry, file = files[name], path / name
+        try:
+            if not file.is_file():
+                yield name, "is missing"
+            elif file.stat().st_size != entry["bytes"]:
+                yield name, f"has {file.stat().st_size} bytes instead of {entry['bytes']}"
+            elif contents:
+                with file.open("rb") as stream:
+                    same = _sha256(stream) == entry["sha256"]
+                if not same:
+                    yield name, "has another SHA-256 than the manifest"
+        except OSError as error:  # a rank that raised here would leave the others in a collective
+            yield name, f"cannot be read: {error.strerror}"
+
+
+def describe_file(path: Path) -> dict:
+    """Return what a manifest says of a file that was just written, once it is on the disk for good."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+        return {"bytes": path.stat().st_size, "sha256": _sha256(stream)}
+
+
+def _sha256(stream: BinaryIO) -> str:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def manifest_digest(manifest: dict) -> str:
+    """Return the SHA-256 of what a manifest says, all but this number."""
+    content = {key: value for key, value in manifest.items() if key != OWN_DIGEST}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_manifest(manifest: dict) -> None:
+    """Raise ValueError, KeyError, TypeError or AttributeError for a manifest that ``save`` cannot have written."""
+    files = manifest["files"]
+    shards = sum(name.endswith(OPTIMIZER_SUFFIX) for name in files)
+    numbers = {f"bytes of {name}": (entry["bytes"], 0, 2**63) for name, entry in files.items()}
+    numbers |= {
+        "step": (manifest["step"], 0, 2**63),
+        "world_size": (manifest["world_size"], shards, shards + 1),
+        "zero_stage": (manifest["zero_stage"], 1, 4),
+        "tensor_parallel": (manifest.get(TENSOR_PARALLEL, 1), 1, shards + 1),
+    }
+    for name, (value, low, high) in numbers.items():
+        if type(value) is not int or not low <= value < high:  # nor is True a number
+            raise ValueError(f"{name}: {value!r}")
+    for name, entry in files.items():
+        if not FILE_NAME.fullmatch(name) or not DIGEST.fullmatch(entry["sha256"]):
+            raise ValueError(f"files: {name!r} with SHA-256 {entry['sha256']!r}")
+    models = sum(name.endswith(MODEL_SUFFIX) for name in files)
+    tensor_parallel = manifest.get(TENSOR_PARALLEL, 1)
+    expected = manifest["world_size"] if manifest["zero_stage"] == 3 else tensor_parallel
+    if shards % tensor_parallel:
+        raise ValueError(f"tensor_parallel: {tensor_parallel} does not divide world_size {shards}")
+    if shards == 0 or models != expected:
+        raise ValueError(
+            f"files: {shards} *{OPTIMIZER_SUFFIX} and {models} *{MODEL_SUFFIX}; accepted: one or more, and {expected}"
+        )
+    if manifest.get(OWN_DIGEST, digest := manifest_digest(manifest)) != digest:
+        raise ValueError("it has another SHA-256 than it says")

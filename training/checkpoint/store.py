@@ -1,0 +1,312 @@
+"""Checkpoints of a run: DeepSpeed's files, written under a commit protocol, and loaded again.
+
+DeepSpeed's ``latest`` is no commit marker: rank 0 writes it before the other ranks' shards exist. So a checkpoint is saved into
+``step_XXXXXXX.partial``; when all ranks are done, every file's size and SHA-256 go into manifest.json, the folder is renamed into
+place, and only then does ``latest`` name it. A folder is a checkpoint exactly if its manifest verifies.
+
+An asynchronous save copies the state to the host's memory and leaves all the rest to a thread of each rank.
+"""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from latte_flow.training.checkpoint.elastic import load_resharded
+from latte_flow.training.checkpoint.formats.recognise import open_weights
+from latte_flow.training.checkpoint.formats.zero_source import ZeroSource
+from latte_flow.training.checkpoint.io import DeferringCheckpointEngine, TolerantCheckpointEngine, safe_unpickling
+from latte_flow.training.checkpoint.manifest import (
+    LATEST,
+    MANIFEST,
+    OWN_DIGEST,
+    PARTIAL_SUFFIX,
+    TENSOR_PARALLEL,
+    check_files,
+    check_manifest,
+    describe_file,
+    list_checkpoints,
+    manifest_digest,
+    read_manifest,
+    step_name,
+)
+from latte_flow.training.distributed.collectives import agree, gather, is_first_rank, share
+from latte_flow.training.distributed.zero import layout, master_shards
+from latte_flow.training.durable import sync_folder, write_durably, write_synced
+from latte_flow.training.errors import UserError
+
+
+class CheckpointStore:
+    """The checkpoints of one run, shared by all ranks. Creating it and its methods, but for ``wait``, are collective.
+
+    Args:
+        folder: ``output_dir/checkpoints``, on a file system that all ranks see.
+        keep_last: how many of the newest are kept; 0 keeps all.
+        keep_every: checkpoints of steps that are multiples of it are kept as well; 0 for none.
+        asynchronous: whether training goes on while files are written.
+
+    Attributes:
+        failed_saves: how many could not be written since the start of the process.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, keep_every: int = 0, *, asynchronous: bool = False):
+        self.folder = folder
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self.asynchronous = asynchronous
+        self.failed_saves = 0
+        self._saved = True
+        self._thread: threading.Thread | None = None
+        # A thread's collectives must not mix with those of the training; gloo's need no device.
+        self._group = dist.new_group(backend="gloo") if asynchronous else None
+
+    def save(self, engine, step: int, client_state: dict) -> None:
+        """Write and commit a checkpoint of the engine; a valid one of this step is left as it is, a damaged one replaced.
+
+        One that cannot be written (a full disk, a file system that went away) is counted and said, and what there was stays.
+        ``wait`` tells whether it was written. An asynchronous save returns when the state is copied, after the save before.
+
+        Args:
+            engine: the DeepSpeed engine.
+            step: optimizer steps done.
+            client_state: what the trainer needs to go on, beside the weights and the optimizer.
+        """
+        self.wait()
+        final = self.folder / step_name(step)
+        exists = agree(final.exists() if is_first_rank() else None)
+        self._saved = exists and not _gather_dict(dict(check_files(final, share)))
+        if self._saved:
+            return
+        problem = self._prepare(_bytes_to_write(engine))
+        if problem is None:
+            kind = DeferringCheckpointEngine if self.asynchronous else TolerantCheckpointEngine
+            if not isinstance(engine.checkpoint_engine, kind):
+                engine.checkpoint_engine = kind(engine._config)
+                # DeepSpeed would copy its scripts beside the checkpoints: an error of that would be rank 0's alone.
+                engine._copy_recovery_script = lambda save_path: None
+            tag = final.name + PARTIAL_SUFFIX
+            engine.save_checkpoint(str(self.folder), tag=tag, client_state=client_state, save_latest=False)
+        manifest = {
+            "step": step,
+            "world_size": dist.get_world_size(),
+            "zero_stage": engine.zero_optimization_stage(),
+            TENSOR_PARALLEL: engine.mp_world_size,
+            "layout": layout(engine),
+        }
+        arguments = (final, problem, engine.checkpoint_engine, manifest)
+        if not self.asynchronous:
+            self._finish(*arguments)
+            return
+        self._thread = threading.Thread(target=self._finish_in_thread, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the newest save has ended; return whether its checkpoint is there.
+
+        Args:
+            timeout: seconds; None waits for ever.
+        """
+        if self._thread is not None:
+            self._thread.join(timeout)
+        return self._saved
+
+    def _prepare(self, needed: int) -> str | None:
+        """Make room for the files; return why that is not possible, the same on all ranks."""
+        problem = None
+        if is_first_rank():
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._remove_unfinished()
+                free = shutil.disk_usage(self.folder).free
+                if free < needed:
+                    problem = f"it needs {needed / 2**30:.3g} GiB, {self.folder} has {free / 2**30:.3g} GiB free"
+            except OSError as error:
+                problem = str(error)
+        return agree(problem)
+
+    def _finish_in_thread(self, final: Path, *arguments) -> None:
+        try:
+            self._finish(final, *arguments)
+        except Exception as error:  # of a collective, when another rank has gone: the main thread will meet it too
+            self._saved = False
+            self.failed_saves += 1
+            print(f"checkpoint {final.name} NOT saved: {type(error).__name__}: {error}", flush=True)
+
+    def _finish(self, final: Path, problem: str | None, files: TolerantCheckpointEngine, manifest: dict) -> None:
+        """Write what is not written yet, and commit; or take back what there is of a checkpoint with a problem."""
+        problem = problem or self._write_and_commit(final, files, manifest)
+        if problem is None and is_first_rank():
+            self.clean_up(final)
+        if problem is not None:
+            self.failed_saves += 1
+            if is_first_rank():
+                shutil.rmtree(final.with_name(final.name + PARTIAL_SUFFIX), ignore_errors=True)
+                print(
+                    f"checkpoint {final.name} NOT saved: {problem}; earlier ones are untouched, training goes on",
+                    flush=True,
+                )
+            dist.barrier(self._group)
+        self._saved = problem is None
+
+    def _write_and_commit(self, final: Path, engine_files: TolerantCheckpointEngine, manifest: dict) -> str | None:
+        """Return why it failed, the same on all ranks. Errors of the file system are exchanged, never raised by one rank."""
+        partial = final.with_name(final.name + PARTIAL_SUFFIX)
+        if problem := self._any_problem("; ".join(engine_files.finish())):
+            return problem
+        problem, names, mine = "", None, {}
+        if (
+            is_first_rank()
+        ):  # on a network file system others may see fewer files, and shares of different lists leave gaps
+            try:
+                names = sorted(path.name for path in partial.iterdir() if path.is_file())
+            except OSError as error:
+                problem = str(error)
+        names = agree(names, self._group)
+        try:
+            mine = {name: describe_file(partial / name) for name in share(names or [])}
+        except OSError as error:
+            problem = str(error)
+        if problem := self._any_problem(problem):
+            return problem
+        entries = _gather_dict(mine, self._group)
+        if is_first_rank():
+            manifest = manifest | {"files": dict(sorted(entries.items()))}
+            try:
+                check_manifest(manifest)
+                self._commit(partial, final, manifest | {OWN_DIGEST: manifest_digest(manifest)})
+            except (OSError, ValueError) as error:  # ValueError: a rank's file is missing
+                problem = str(error)
+        return agree(problem, self._group) or None
+
+    def _any_problem(self, mine: str) -> str:
+        """Return the problems of all ranks in one line; empty when there is none. Collective."""
+        return "; ".join(part for part in gather(mine, self._group) if part)
+
+    def _commit(self, partial: Path, final: Path, manifest: dict) -> None:
+        """Make a checkpoint of files that are all there, on the first rank."""
+        write_synced(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+        sync_folder(partial)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one
+        os.replace(partial, final)
+        sync_folder(self.folder)
+
+    def clean_up(self, newest: Path) -> None:
+        """Name the newest checkpoint in ``latest`` and remove what is not kept; errors of that take nothing from the checkpoint.
+
+        For the first rank, after every save and at the start: a run may be killed right after it has committed.
+        """
+        try:
+            self._remove_unfinished()
+            write_durably(self.folder / LATEST, newest.name.encode())
+            self._remove_old(newest)
+        except OSError as error:
+            print(f"checkpoint {newest.name} is saved, but old ones could not be removed: {error}", flush=True)
+
+    def _remove_unfinished(self) -> None:
+        """Remove what runs that were killed while they saved have left."""
+        for left in self.folder.glob(f"*{PARTIAL_SUFFIX}*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+    def newest_valid(self) -> Path | None:
+        """Return the newest checkpoint whose manifest verifies, the same on all ranks; None when there is none at all.
+
+        Raises:
+            UserError: when there are checkpoints and every one is damaged: starting again from nothing would lose the run.
+        """
+        return newest_valid(list_checkpoints(self.folder))
+
+    def load(self, engine, path: Path, *, same_run: bool = True) -> dict:
+        """Load a checkpoint, of any number of ranks and any ZeRO stage, into the engine and return its client state.
+
+        Shards that fit are read by DeepSpeed, each rank its own, and losses go on bit for bit; others are cut anew
+        (training/checkpoint/elastic.py), and losses go on to rounding: sums over ranks have another order.
+
+        Args:
+            engine: a DeepSpeed engine that has not trained yet.
+            path: a step's folder or a universal checkpoint, verified.
+            same_run: False keeps the optimizer's settings as this run's configuration has them, for another run's checkpoint.
+
+        Raises:
+            UserError: when it cannot be read, or is of another network.
+        """
+        if not (path / MANIFEST).is_file():  # a universal checkpoint, which ``resume`` named
+            return load_resharded(engine, open_weights(path))
+        manifest = read_manifest(path)
+        fits = manifest.get("layout") == layout(engine)
+        if not fits and is_first_rank():
+            before, now = manifest.get(TENSOR_PARALLEL, 1), engine.mp_world_size
+            tensor = "" if before == now == 1 else f", tensor_parallel {now} instead of {before}"
+            print(
+                f"{path} was written by {manifest['world_size']} ranks with ZeRO stage {manifest['zero_stage']}; its shards are "
+                f"cut anew for {dist.get_world_size()} with stage {engine.zero_optimization_stage()}{tensor}",
+                flush=True,
+            )
+        with safe_unpickling(path):
+            if not (fits and same_run):
+                return load_resharded(engine, ZeroSource(path))
+            loaded, client_state = engine.load_checkpoint(
+                str(path.parent), tag=path.name, load_lr_scheduler_states=False
+            )
+        if loaded is None:
+            raise UserError(f"{path}: DeepSpeed could not load it")
+        return client_state
+
+    def _remove_old(self, committed: Path) -> None:
+        """Remove all but the newest ``keep_last`` that are whole, and those of ``keep_every``.
+
+        A checkpoint that has lost a file since does not count. Sizes are looked at, not contents: reading them all at every save
+        would take as long as the save.
+        """
+        if not self.keep_last:
+            return
+        paths, whole = list_checkpoints(self.folder), 0
+        # Later steps than the one just saved are damaged, or the run would have resumed from them: they do not count.
+        for path in reversed(paths[: paths.index(committed) + 1]):
+            milestone = self.keep_every and int(path.name.removeprefix("step_")) % self.keep_every == 0
+            if whole >= self.keep_last and not milestone:
+                shutil.rmtree(path)
+            whole += not any(check_files(path, list, contents=False))
+
+
+def newest_valid(candidates: list[Path], record: Callable[[Path], dict] = read_manifest) -> Path | None:
+    """Return the last of some checkpoints whose manifest verifies, the same on all ranks; None of none. Collective.
+
+    Each rank verifies a share of the files; the list is rank 0's.
+
+    Args:
+        candidates: oldest first.
+        record: what says which files a candidate has; exported ones have no manifest.
+
+    Raises:
+        UserError: when every one is damaged.
+    """
+    candidates = agree(candidates)
+    for path in reversed(candidates):
+        problems = _gather_dict(dict(check_files(path, share, record=record)))
+        if not problems:
+            return path
+        if is_first_rank():
+            print(f"checkpoint {path} skipped: " + "; ".join(f"{k} {v}" for k, v in sorted(problems.items())))
+    if candidates:
+        raise UserError(
+            f"{candidates[0].parent}: holds {len(candidates)} checkpoints and every one is damaged; none can be resumed"
+        )
+    return None
+
+
+def _bytes_to_write(engine) -> int:
+    """Return about how many bytes a checkpoint takes over all ranks. Collective."""
+    shards = [*master_shards(engine.optimizer)]
+    shards += [t for state in engine.optimizer.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    held = torch.tensor(sum(t.nbytes for t in shards), dtype=torch.float64, device=engine.device)
+    dist.all_reduce(held)
+    return int(held) + sum(p.nbytes for p in engine.module.parameters()) * engine.mp_world_size
+
+
+def _gather_dict(mine: dict, group=None) -> dict:
+    """Return the union of all ranks' dicts. Collective."""
+    return {key: value for part in gather(mine, group) for key, value in part.items()}

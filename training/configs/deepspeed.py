@@ -1,0 +1,90 @@
+"""DeepSpeed's JSON configuration: read, its "auto" fields filled from the training configuration, contradictions refused."""
+
+import copy
+import json
+from pathlib import Path
+
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from latte_flow.training.configs.fields import TrainingConfig
+from latte_flow.training.distributed.batch_layout import BatchLayout
+from latte_flow.training.errors import UserError
+
+SUPPORTED_STAGES = (1, 2, 3)
+UNCHECKED = {"steps_per_print": int, "wall_clock_breakdown": bool, "zero_force_ds_cpu_optimizer": bool}
+"""Fields of the files in ds_configs/ whose values DeepSpeed takes as they are, and fails on in the middle of the run."""
+
+
+def load_deepspeed_config(config: TrainingConfig, layout: BatchLayout) -> dict:
+    """Return DeepSpeed's configuration for this run.
+
+    A field that is "auto", or one of the batch size, clipping and precision fields left out, takes the training configuration's
+    value; any other value there must agree with it.
+
+    Raises:
+        UserError: when the file is missing or no JSON object, contradicts the training configuration, or asks for a ZeRO stage or
+            an option that this trainer does not support.
+    """
+    path = Path(config.deepspeed)
+    if not path.is_file():
+        raise UserError(f"deepspeed: {path} not found; accepted: a DeepSpeed JSON file such as ds_configs/zero2.json")
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:  # not readable, no text, no JSON, or lists without end
+        raise UserError(f"deepspeed: {path} is no valid JSON: {error}") from error
+    if not isinstance(result, dict):
+        raise UserError(f"deepspeed: {path} holds a {type(result).__name__}; accepted: a JSON object")
+    for name in ("bf16", "zero_optimization"):
+        if not isinstance(result.get(name, {}), dict):
+            raise UserError(f"deepspeed: {path} sets {name} to {result[name]!r}; accepted: a JSON object")
+
+    decided = {
+        "train_batch_size": ("global_batch_size", layout.global_batch_size),
+        "train_micro_batch_size_per_gpu": ("micro_batch_size", layout.micro_batch_size),
+        "gradient_accumulation_steps": ("global_batch_size", layout.accumulation_steps),
+        "gradient_clipping": ("optimizer.grad_clip", config.optimizer.grad_clip),
+        "bf16.enabled": ("precision", config.precision == "bf16"),
+        "zero_allow_untested_optimizer": (
+            "optimizer",
+            True,
+        ),  # AdamW with the moving average is none that DeepSpeed knows
+    }
+    for key, (field, value) in decided.items():
+        *sections, name = key.split(".")
+        section = result
+        for part in sections:
+            section = section.setdefault(part, {})
+        given = section.get(name, "auto")
+        if given not in ("auto", value):
+            raise UserError(f'{field}: makes {key} {value!r}, but {path} sets {given!r}; set it to "auto" there')
+        section[name] = value
+    for key in ("optimizer", "scheduler", "fp16"):
+        if key in result:
+            raise UserError(f"deepspeed: {path} has {key!r}; accepted: none, training/main.py brings its own")
+    for section, name in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
+        if result.get(section, {}).get(name, True) is not True:  # a step that is not finite would be taken
+            raise UserError(f"deepspeed: {path} sets {section}.{name} to {result[section][name]!r}; accepted: true")
+    for key, kind in UNCHECKED.items():
+        if key in result and (type(result[key]) is not kind or result[key] < 0):
+            raise UserError(f"deepspeed: {path} sets {key} to {result[key]!r}; accepted: {kind.__name__}, not negative")
+    stage = result.get("zero_optimization", {}).get("stage", 0)
+    if type(stage) is not int or stage not in SUPPORTED_STAGES:
+        accepted = ", ".join(map(str, SUPPORTED_STAGES))
+        raise UserError(f"deepspeed: {path} sets zero_optimization.stage {stage}; accepted: {accepted}")
+    if config.tensor_parallel > 1 and stage == 3:
+        raise UserError(
+            f"tensor_parallel: {config.tensor_parallel} with zero_optimization.stage 3 of {path}; accepted: stages 1 and 2, such "
+            "as ds_configs/zero2.json, or tensor_parallel 1"
+        )
+    _check_with_deepspeed(result, path)
+    return result
+
+
+def _check_with_deepspeed(result: dict, path: Path) -> None:
+    """Raise UserError for what DeepSpeed itself does not accept, before any rank has started to build anything."""
+    try:
+        # The batch size is checked above, and for the run's number of ranks; a dry run has one process.
+        DeepSpeedConfig({name: copy.deepcopy(value) for name, value in result.items() if name != "train_batch_size"})
+    except Exception as error:  # assertions, pydantic's, KeyError, TypeError: whatever its reading of a field meets
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"deepspeed: {path} is not what DeepSpeed accepts: {reason}") from error

@@ -1,0 +1,90 @@
+"""The configuration that a run keeps of itself: written, read again, and compared with the command that resumes it."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import yaml
+
+from latte_flow.training.configs.fields import TrainingConfig
+from latte_flow.training.configs.parser import parse_config
+from latte_flow.training.configs.yaml_file import plain_values
+from latte_flow.training.durable import write_durably
+from latte_flow.training.errors import UserError
+
+CONFIG_FILE = "config.yaml"
+"""Of an output_dir: the fully resolved configuration."""
+
+
+def load_config(path: Path) -> TrainingConfig:
+    """Read the fully resolved configuration of a run, written by ``save_config``.
+
+    Raises:
+        UserError: when the file is missing or is no training configuration.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: not found; accepted: the config.yaml of a training output_dir")
+    try:
+        return parse_config(["--config", str(path)])
+    except UserError as error:  # the command line that is being parsed names another file, or none
+        raise UserError(f"{path}: {error}") from error
+
+
+def save_config(config: TrainingConfig, path: Path) -> None:
+    """Write every field with its value as YAML; the file is replaced as a whole."""
+    write_durably(path, to_yaml(config).encode())
+
+
+def to_yaml(config: TrainingConfig) -> str:
+    """Return every field with its value as YAML text."""
+    return yaml.dump(plain_values(dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that is not plainly one: readers of YAML disagree on what 0E0 is."""
+
+
+def _represent_text(dumper: yaml.Dumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if re.match(r"[A-Za-z/]", text) else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+# What may differ between a run and its resumption: how long, how often it is logged, and how it is spread over machines.
+RESUMABLE_CHANGES = (
+    "output_dir",
+    "deepspeed",
+    "resume",
+    "max_steps",
+    "micro_batch_size",
+    "tensor_parallel",
+    "data.num_workers",
+    "data.allow_changed",
+    "checkpoint",
+    "health",
+    "logging",
+    "sample",
+    "model.attention_backend",
+    "vlm.context_cache",
+    "vlm.context_cache_gib",
+)
+
+
+def differences(saved: TrainingConfig, current: TrainingConfig) -> list[str]:
+    """Return one line a field that differs between a saved run and the command that resumes it and may not."""
+
+    def flatten(tree: dict, prefix: str = "") -> dict:
+        flat = {}
+        for key, value in tree.items():
+            nested = isinstance(value, dict) and value
+            flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+        return flat
+
+    old, new = (flatten(plain_values(dataclasses.asdict(c))) for c in (saved, current))
+    return [
+        f"{name}: the run has {old.get(name)!r}, this command {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+        and not any(name == change or name.startswith(change + ".") for change in RESUMABLE_CHANGES)
+    ]

@@ -1,0 +1,1 @@
+"""Latents that were encoded ahead: the data set, one shard of it, and the writer."""

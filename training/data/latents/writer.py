@@ -1,0 +1,262 @@
+"""Writing a folder of latents (training/data/latents/dataset.py) so that a kill at any point costs at most the shard at hand.
+
+The order of the images alone decides what is in which shard, and a shard is one file that appears complete or not at all: the
+number of ranks, who writes what, and how often the work was stopped leave no trace in the result.
+
+Shapes: n rows of a shard, C latent channels, (H, W) latent size.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from latte_flow.training.data.latents.dataset import (
+    COMMAND,
+    MANIFEST_FILE,
+    SETTINGS_FILE,
+    STATE_FILE,
+    latent_columns,
+    shard_name,
+    state_fingerprint,
+)
+from latte_flow.training.durable import PARTIAL, write_durably
+from latte_flow.training.errors import UserError
+
+STATISTICS_ROWS = 256
+UNIT_STD = (0.5, 2.0)
+SHARD_KEYS = frozenset({"file", "bytes", "sha256", "rows", "broken", "statistics"})
+"""What the small manifest of a shard holds."""
+
+
+class LatentWriter:
+    """The shards of one folder.
+
+    Args:
+        folder: created when missing.
+        settings: what decides the result: source, codec, resolution, latent_shape, flips, shard_size, num_images, class_names.
+
+    Raises:
+        UserError: when the folder holds something else, or latents made with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict):
+        self.folder = folder
+        path = folder / SETTINGS_FILE
+        foreign = folder.exists() and (
+            not folder.is_dir() or any(PARTIAL not in file.name for file in folder.iterdir())
+        )
+        if foreign and not path.is_file():  # in this order: another rank may be writing it
+            raise UserError(f"output: {folder} exists and is no folder of {COMMAND}; accepted: a new or empty folder")
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_durably(path, _json(settings))
+        # The first start's: where source and codec lay then may differ from where they lie now.
+        self.settings = _read_json(path, "another folder")
+        _refuse_other_settings(folder, self.settings, settings)
+        self.num_shards = -(-settings["num_images"] // settings["shard_size"])
+
+    def rows(self, shard: int) -> range:
+        """Return which images of the source are in a shard."""
+        size = self.settings["shard_size"]
+        return range(shard * size, min((shard + 1) * size, self.settings["num_images"]))
+
+    def path(self, shard: int) -> Path:
+        """Return the path of a shard."""
+        return self.folder / shard_name(shard, self.num_shards)
+
+    def is_complete(self, shard: int) -> bool:
+        """Return whether a shard is there: its own small manifest is written after it."""
+        return self.path(shard).with_suffix(".json").is_file()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the whole folder is there."""
+        return (self.folder / MANIFEST_FILE).is_file()
+
+    def features(self):
+        """Return the columns as ``datasets.Features``."""
+        import datasets
+
+        length = int(np.prod(self.settings["latent_shape"]))
+        columns = {
+            name: datasets.List(datasets.Value("int16"), length=length)
+            for name in latent_columns(self.settings["flips"])
+        }
+        names = self.settings["class_names"]
+        columns |= {"text": datasets.Value("string")} if names is None else {"label": datasets.ClassLabel(names=names)}
+        return datasets.Features(columns | {"index": datasets.Value("int64")})
+
+    def write_shard(
+        self, shard: int, latents: dict[str, Tensor], conditions: list, sources: list[int], reasons: dict[int, str]
+    ) -> None:
+        """Write a complete shard.
+
+        Args:
+            shard: which.
+            latents: [n, C, H, W] bfloat16 on the CPU for each column of latents.
+            conditions: the class index or caption of each row.
+            sources: the image of the source that each row is of.
+            reasons: why images could not be decoded, for those of this shard.
+
+        Raises:
+            UserError: when a latent is not finite.
+        """
+        schema = self.features().arrow_schema
+        arrays = []
+        for name, value in latents.items():
+            bits = value.contiguous().view(torch.int16).numpy()
+            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(bits.reshape(-1)), bits[0].size))
+            assert schema.field(name).type == arrays[-1].type
+        arrays += [pa.array(conditions, schema.types[-2]), pa.array(sources, pa.int64())]
+        statistics = _sums(list(latents.values()))
+        if not np.isfinite(statistics["squares"]).all():
+            raise UserError(
+                f"codec: its latents of images {self.rows(shard)[0]} to {self.rows(shard)[-1]} hold infinite values or NaN; "
+                "accepted: finite ones (--precision fp32 helps where bfloat16 overflows)"
+            )
+        sink = pa.BufferOutputStream()
+        # One record batch a shard: row i of the data set is row i mod shard_size of one array.
+        with pa.ipc.new_stream(sink, schema) as writer:
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+        content = sink.getvalue()
+        write_durably(self.path(shard), content)
+        manifest = {
+            "file": self.path(shard).name,
+            "bytes": content.size,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "rows": len(sources),
+            "broken": [{"index": i, "reason": reasons[i]} for i in sorted(reasons)],
+            "statistics": statistics,
+        }
+        write_durably(self.path(shard).with_suffix(".json"), _json(manifest))
+
+    def finish(self, max_broken: int) -> dict:
+        """Write the manifest over all shards, which must be complete, and what ``datasets.load_from_disk`` needs; return it.
+
+        Raises:
+            UserError: when more images are broken than accepted.
+        """
+        import datasets
+
+        files = [self.path(i).with_suffix(".json") for i in range(self.num_shards)]
+        shards = [_read_json(file, "delete it and run the same command again", SHARD_KEYS) for file in files]
+        broken = [entry for shard in shards for entry in shard["broken"]]
+        if len(broken) > max_broken:
+            raise UserError(
+                f"max_broken_fraction: {len(broken)} of {self.settings['num_images']} images are broken; accepted: at most "
+                f"{max_broken}"
+            )
+        statistics = _statistics([shard.pop("statistics") for shard in shards])
+        for shard in shards:
+            del shard["broken"]
+        manifest = self.settings | {
+            "num_broken": len(broken),
+            "broken": broken,
+            "statistics": statistics,
+            "warnings": _warnings(statistics),
+            "shards": shards,
+        }
+        text = _json(manifest)
+        for stale in self.folder.glob(f"*{PARTIAL}*"):  # of killed processes
+            stale.unlink(missing_ok=True)
+        info = datasets.DatasetInfo(features=self.features())
+        write_durably(self.folder / "dataset_info.json", _json({"features": info.features.to_dict()}))
+        state = {
+            "_data_files": [{"filename": shard["file"]} for shard in shards],
+            "_fingerprint": state_fingerprint(text),
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": "train",
+        }
+        write_durably(self.folder / STATE_FILE, _json(state))
+        write_durably(self.folder / MANIFEST_FILE, text)
+        return manifest
+
+
+def _read_json(file: Path, accepted: str, keys: frozenset[str] = frozenset()) -> dict:
+    try:
+        value = json.loads(file.read_bytes())
+        if not isinstance(value, dict) or keys - value.keys():
+            raise ValueError(f"not an object with {', '.join(sorted(keys)) or 'fields'}")
+        return value
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"output: {file} is damaged ({error}); accepted: {accepted}") from error
+
+
+def _json(value: dict) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _refuse_other_settings(folder: Path, saved: dict, current: dict) -> None:
+    def comparable(settings: dict) -> dict:
+        flat = {}
+        for name, value in settings.items():
+            flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+        return {name: value for name, value in flat.items() if name not in ("source.path", "codec.path")}
+
+    old, new = comparable(saved), comparable(current)
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    if changed:
+        raise UserError(
+            f"output: {folder} holds latents of another {changed[0]}: {_short(old.get(changed[0]))} there, "
+            f"{_short(new.get(changed[0]))} now (differing: {', '.join(changed)}); accepted: the same, or another folder"
+        )
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _sums(latents: list[Tensor]) -> dict:
+    """Return count, sums and sums of squares per channel, smallest and largest value of latents [n, C, H, W], mirrored ones too.
+
+    In float64 over parts of fixed size, so that the last bit does not depend on the batch size of the encoding.
+    """
+    sums, squares, lowest, highest = 0.0, 0.0, np.inf, -np.inf
+    for column in latents:
+        for first in range(0, len(column), STATISTICS_ROWS):
+            values = column[first : first + STATISTICS_ROWS].double().numpy()
+            sums = sums + values.sum(axis=(0, 2, 3))
+            squares = squares + np.square(values).sum(axis=(0, 2, 3))
+            lowest, highest = min(lowest, values.min()), max(highest, values.max())
+    count = sum(column.shape[0] * column.shape[2] * column.shape[3] for column in latents)
+    return {
+        "count_per_channel": count,
+        "sums": sums.tolist(),
+        "squares": squares.tolist(),
+        "min": float(lowest),
+        "max": float(highest),
+    }
+
+
+def _statistics(shards: list[dict]) -> dict:
+    """Return mean and standard deviation over all shards, in all and per channel."""
+    count = sum(shard["count_per_channel"] for shard in shards)
+    mean = np.sum([shard["sums"] for shard in shards], axis=0) / count
+    square = np.sum([shard["squares"] for shard in shards], axis=0) / count
+    return {
+        "mean": float(mean.mean()),
+        "std": float(np.sqrt(max(square.mean() - mean.mean() ** 2, 0.0))),
+        "min": min(shard["min"] for shard in shards),
+        "max": max(shard["max"] for shard in shards),
+        "channel_mean": mean.tolist(),
+        "channel_std": np.sqrt(np.maximum(square - mean**2, 0.0)).tolist(),
+    }
+
+
+def _warnings(statistics: dict) -> list[str]:
+    low, high = UNIT_STD
+    if low <= statistics["std"] <= high:
+        return []
+    return [
+        f"the latents' standard deviation is {statistics['std']:.4g}, outside {low:g} to {high:g}: the flow runs from noise of "
+        "unit variance, so latents should have about that; is the scaling factor that of this checkpoint?"
+    ]

@@ -1,0 +1,1 @@
+"""Ranks: their place, the batch layout, tensor parallelism, collectives, and what is read of DeepSpeed's ZeRO optimizers."""

@@ -1,0 +1,62 @@
+"""How an optimizer step's samples are spread over ranks and micro-batches."""
+
+from dataclasses import dataclass
+
+from latte_flow.training.configs.fields import TrainingConfig
+from latte_flow.training.errors import UserError
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How an optimizer step's samples are spread over ranks and micro-batches.
+
+    Micro-batch a of rank r holds the samples s B + (a W + r) b + (0 .. b - 1) of step s, W ranks, so any W and b that share
+    B = a W b train the same samples.
+    """
+
+    global_batch_size: int
+    micro_batch_size: int
+    world_size: int
+    rank: int
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of one rank in one optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+    def indices(self, step: int, micro_step: int) -> range:
+        """Return this rank's global sample indices of one micro-batch."""
+        first = step * self.global_batch_size + (micro_step * self.world_size + self.rank) * self.micro_batch_size
+        return range(first, first + self.micro_batch_size)
+
+
+def make_batch_layout(config: TrainingConfig, *, num_groups: int, world_size: int, rank: int) -> BatchLayout:
+    """Return how the global batch is spread over ranks and micro-batches.
+
+    Args:
+        config: the run.
+        num_groups: K.
+        world_size: how many ranks train parts of the batch of their own: training/distributed/ranks.py's data_size.
+        rank: which of them this is.
+
+    Raises:
+        UserError: when global_batch_size is not accumulation x micro_batch_size x world size, or a micro-batch cannot be split
+            evenly over the groups.
+    """
+    total, micro = config.global_batch_size, config.micro_batch_size
+    ranks = f"{world_size} {'ranks' if config.tensor_parallel == 1 else 'data-parallel ranks'}"
+    if micro is None:
+        if total % world_size:
+            raise UserError(f"global_batch_size: {total} is not a multiple of the {ranks}")
+        micro = total // world_size
+    if micro < 1 or total % (micro * world_size):
+        raise UserError(
+            f"micro_batch_size: {micro} on {ranks} does not divide global_batch_size {total}; accepted: divisors of "
+            f"{total / world_size:g}"
+        )
+    if config.groups_per_sample != "all" and micro % num_groups:
+        raise UserError(
+            f"micro_batch_size: {micro} (of global_batch_size {total} on {ranks}) is not a multiple of the "
+            f"{num_groups} groups that each micro-batch is dealt to (model.num_groups)"
+        )
+    return BatchLayout(global_batch_size=total, micro_batch_size=micro, world_size=world_size, rank=rank)

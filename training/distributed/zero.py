@@ -1,0 +1,141 @@
+"""What the trainer reads and writes of DeepSpeed's ZeRO optimizers (stages 1 to 3), in one place.
+
+These are DeepSpeed's internals: names that a new version may change. Everything else of the project goes through the engine.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from deepspeed.checkpoint import constants
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import (
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor
+
+from latte_flow.model.partition import SPLIT_BY_COLUMNS, SPLIT_BY_ROWS
+
+
+def master_shards(zero) -> list[Tensor]:
+    """Return this rank's flat float32 shards of the master weights: the tensors that the base optimizer updates."""
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        return list(zero.fp32_partitioned_groups_flat)
+    return list(zero.single_partition_of_fp32_groups)
+
+
+@torch.no_grad()
+def refresh_model_weights(zero) -> None:
+    """Give the model the weights of the master shards, as DeepSpeed does after an optimizer step. Collective."""
+    if not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        zero.update_lp_params()
+        return
+    # Parameters too small to be worth sharding stay gathered on every rank: they are sharded for the copy, and gathered again.
+    persistent = zero.persistent_parameters
+    if persistent:
+        persistent[0].partition(persistent)
+    for index in range(len(zero.fp32_partitioned_groups_flat)):
+        zero._reassign_or_swap_out_partitioned_parameters(index)
+    if persistent:
+        persistent[0].all_gather(persistent)
+
+
+def gradient_norms(zero) -> list[tuple[int, Tensor]]:
+    """Return (index of the optimizer's parameter group, norm of a part of its gradient over all ranks, not clipped). Collective.
+
+    Call it between backward and step, at a gradient accumulation boundary.
+    """
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        return [
+            (zero.sub_group_to_group_id[i], torch.as_tensor(norm)) for i, norm in enumerate(zero._get_norm_groups())
+        ]
+    norms = []
+    for i, parameters in enumerate(zero.params_in_partition):
+        if zero.cpu_offload:
+            norm = zero.complete_grad_norm_calculation_for_cpu_offload(parameters)
+        else:
+            norm = zero.get_grad_norm_direct(zero.averaged_gradients[i], parameters)
+        norms.append((i, torch.as_tensor(norm)))
+    return norms
+
+
+def prepare_optimizer_state(zero, keys: Iterable[str], updates: int) -> None:
+    """Give the base optimizer of this rank a state of zeros, as after ``updates`` updates, for ``write_state`` to fill.
+
+    Args:
+        zero: DeepSpeed's ZeRO optimizer, before its first step, over a fused AdamW.
+        keys: what it keeps of each parameter; none means that there has been no update.
+        updates: how many there have been.
+    """
+    keys = list(keys)
+    if not keys:
+        return
+    for shard in master_shards(zero):
+        counter = torch.tensor(float(updates), device=shard.device)  # a fused AdamW counts on the shard's device
+        zero.optimizer.state[shard] = {"step": counter} | {key: torch.zeros_like(shard) for key in keys}
+    if not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        zero._lazy_init_hp_params_optimizer_state()  # makes the state known to the parameters
+
+
+def write_state(parameter: Tensor, value: Tensor, key: str | None = None) -> None:
+    """Write this rank's part of a parameter's float32 master weight, or of what the optimizer keeps of it under ``key``.
+
+    Args:
+        parameter: a trained parameter of an engine with ZeRO.
+        value: float32, the whole of it, in the parameter's unsharded shape.
+        key: as in ``prepare_optimizer_state``.
+    """
+    if not hasattr(parameter, "ds_id"):
+        if key is None:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+        return
+    # Stage 3. DeepSpeed's setter of whole values fails where the ranks do not divide the parameter.
+    length, group = parameter.partition_numel(), parameter.ds_process_group
+    padded = torch.nn.functional.pad(value.flatten(), (0, length * dist.get_world_size(group) - value.numel()))
+    part = padded[length * dist.get_rank(group) :][:length]
+    if key is None:
+        safe_set_local_fp32_param(parameter, part)
+    else:
+        safe_set_local_optimizer_state(parameter, part, key)
+
+
+def holds_part(parameter: Tensor) -> bool:
+    """Return whether this rank's shard has any of a trained parameter, so that ``write_state`` does anything."""
+    return hasattr(parameter, "ds_id") or parameter._hp_mapping is not None
+
+
+def layout(engine) -> str:
+    """Return a digest of how an engine cuts the trained state into shards: those of an equal layout are read as they are.
+
+    It changes with the ranks and the kind of stage, and with options of DeepSpeed's file that order or align parameters.
+    """
+    zero = engine.optimizer
+    order = [[[name, list(shape)] for name, shape in group.items()] for group in engine._get_zero_param_shapes()]
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        cut = [shard.numel() for shard in master_shards(zero)]
+    else:
+        cut = [zero.partition_size, zero.round_robin_bit16_padding]
+    content = json.dumps([dist.get_world_size(), engine.zero_optimization_stage() == 3, order, cut])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def mark_universal(model: torch.nn.Module, tensor_parallel: int = 1) -> None:
+    """Have DeepSpeed note in checkpoints that its ds_to_universal may convert them: it asks for that with stages 1 and 2.
+
+    Args:
+        model: with ``tensor_parallel``, a rank's part.
+        tensor_parallel: how many ranks share a network. What ds_to_universal is not told otherwise, it joins by rows.
+    """
+    info = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+    if tensor_parallel > 1:
+        info[constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS] = [rf"(?:{SPLIT_BY_COLUMNS})$"]
+        # What all ranks hold is averaged: that is itself, or differs by rounding (model/partition.py).
+        info[constants.PARAMETER_TO_AVERAGE_PATTERNS] = [rf"(?!(?:{SPLIT_BY_ROWS}|{SPLIT_BY_COLUMNS})$)"]
+    setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, info)

@@ -1,0 +1,120 @@
+"""Whether the training is well: steps that had to be skipped, and losses that jump.
+
+DeepSpeed leaves the weights as they are when a gradient is not finite, on all ranks alike. Here such steps are counted, their
+samples named, and a row of them ends the run.
+"""
+
+import statistics
+from collections import deque
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from latte_flow.training.configs.fields import HealthConfig
+from latte_flow.training.distributed.collectives import gather
+
+MIN_HISTORY = 20
+"""Steps before the first loss is compared with a median."""
+
+
+class StepHealth:
+    """Follows the steps of a run. Losses stay on the device until ``report``; only a skipped step makes ranks talk at once.
+
+    Args:
+        config: limits.
+        global_batch_size: samples of a step.
+        group: the ranks that have other samples than this one, and this one; None for all ranks.
+
+    Attributes:
+        skipped_in_a_row: how many of the newest steps were skipped.
+    """
+
+    def __init__(self, config: HealthConfig, global_batch_size: int, group: dist.ProcessGroup | None = None):
+        self.config = config
+        self.global_batch_size = global_batch_size
+        self.group = group
+        self.skipped_in_a_row = 0
+        self._skipped: list[dict] = []  # since the last report
+        self._sums: list[
+            tuple[int, Tensor]
+        ] = []  # (step, this rank's [sum, count] of losses), not yet added over ranks
+        self._losses: list[tuple[int, float]] = []  # (step, mean loss over all ranks) since the last report
+        self._history: deque[float] = deque(maxlen=config.spike_window)
+
+    def step_done(self, step: int, losses: Tensor) -> None:
+        """Note a step, counted from 1, that updated the weights, and the losses [rows] of this rank's samples."""
+        self.skipped_in_a_row = 0
+        values = losses.detach().double()
+        self._sums.append((step, torch.stack([values.sum(), torch.ones_like(values).sum()])))
+
+    def step_skipped(self, step: int, losses: Tensor, sample_indices: Tensor) -> dict:
+        """Note a step that was skipped and return what metrics.jsonl will say of it. Collective.
+
+        Args:
+            step: counted from 1.
+            losses: of this rank's samples [rows].
+            sample_indices: global ones [rows].
+        """
+        self.skipped_in_a_row += 1
+        mine = sorted(set(sample_indices[~torch.isfinite(losses)].tolist()))
+        parts = gather(mine, self.group)
+        entry = {
+            "step": step,
+            "samples": [(step - 1) * self.global_batch_size, step * self.global_batch_size - 1],
+            "nonfinite_loss": sorted(index for part in parts for index in part),
+        }
+        self._skipped.append(entry)
+        return entry
+
+    def report(self) -> dict:
+        """Return what metrics.jsonl says of the steps since the last report. Collective.
+
+        Returns:
+            ``loss_spike_ratio``, the largest loss over the median of the steps before it (absent while there are too few steps);
+            ``loss_spikes`` and ``skipped``, lists of the steps concerned, absent when there are none.
+        """
+        self._add_over_ranks()
+        ratios, spikes = [], []
+        for step, loss in self._losses:
+            if len(self._history) >= min(MIN_HISTORY, self.config.spike_window):
+                ratios.append(loss / max(statistics.median(self._history), 1e-30))
+                if ratios[-1] > self.config.spike_ratio:
+                    spikes.append({"step": step, "loss": loss, "ratio": ratios[-1]})
+            self._history.append(loss)
+        report = {"loss_spike_ratio": max(ratios)} if ratios else {}
+        report |= {"loss_spikes": spikes} if spikes else {}
+        report |= {"skipped": self._skipped} if self._skipped else {}
+        self._losses, self._skipped = [], []
+        return report
+
+    def state_dict(self, *, forget_skipped: int = 0) -> dict:
+        """Return what a resumed run needs to report the same, on any number of ranks. Collective.
+
+        Args:
+            forget_skipped: leave out so many of the newest steps, all of which were skipped.
+        """
+        self._add_over_ranks()
+        kept = max(len(self._skipped) - forget_skipped, 0)  # some may have been reported already
+        return {
+            "skipped_in_a_row": self.skipped_in_a_row - forget_skipped,
+            "skipped": self._skipped[:kept],
+            "losses": list(self._losses),
+            "history": list(self._history),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take back ``state_dict``."""
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self._skipped = list(state["skipped"])
+        self._losses = [(step, loss) for step, loss in state["losses"]]
+        self._history = deque(state["history"], maxlen=self.config.spike_window)
+
+    def _add_over_ranks(self) -> None:
+        if not self._sums:
+            return
+        sums = torch.stack([values for _, values in self._sums])
+        dist.all_reduce(sums, group=self.group)
+        steps = [step for step, _ in self._sums]
+        self._losses += [(step, total / count) for step, (total, count) in zip(steps, sums.tolist(), strict=True)]
+        self._sums = []

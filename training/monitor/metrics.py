@@ -1,0 +1,167 @@
+"""What a run reports: losses by group and timestep, gradient norms, gates, throughput; to metrics.jsonl and TensorBoard."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from latte_flow.model.flow_matching import NUM_TRAIN_TIMESTEPS
+from latte_flow.training.distributed.zero import gradient_norms
+
+
+class LossMeter:
+    """Sums losses on the device between two logged steps: in all, per group, and per bin of tau. No host synchronisation.
+
+    The sums are this rank's own; ``compute`` adds those of all ranks that train samples of their own.
+
+    Args:
+        num_groups: K.
+        timestep_bins: how many bins tau has.
+        device: of the losses.
+        group: the ranks that have other samples than this one, and this one; None for all ranks.
+    """
+
+    def __init__(
+        self, num_groups: int, timestep_bins: int, device: torch.device, group: dist.ProcessGroup | None = None
+    ):
+        self.num_groups, self.timestep_bins, self.group = num_groups, timestep_bins, group
+        # Rows: sum, count. Columns: groups, then bins. float64, so that the order of additions does not show.
+        self.totals = torch.zeros(2, num_groups + timestep_bins, dtype=torch.float64, device=device)
+
+    def update(self, losses: Tensor, groups: Tensor, timesteps: Tensor) -> None:
+        """Add per-sample losses [B] of samples in groups [B] at timesteps [B]."""
+        bins = (timesteps / NUM_TRAIN_TIMESTEPS * self.timestep_bins).long().clamp(max=self.timestep_bins - 1)
+        columns = torch.cat([groups, self.num_groups + bins])
+        values = losses.detach().double()
+        self.totals[0].index_add_(0, columns, torch.cat([values, values]))
+        self.totals[1].index_add_(0, columns, torch.ones_like(columns, dtype=torch.float64))
+
+    def compute(self) -> dict[str, float]:
+        """Return the mean losses over all ranks since the last call, and start again; NaN where there were none. Collective."""
+        totals = self.totals.clone()
+        if dist.is_initialized():
+            dist.all_reduce(totals, group=self.group)
+        self.totals.zero_()
+        sums, counts = totals.tolist()
+        k = self.num_groups
+        metrics = {"loss": sum(sums[:k]) / sum(counts[:k]) if sum(counts[:k]) else math.nan}
+        metrics |= {f"loss_group_{g}": sums[g] / counts[g] for g in range(k) if counts[g]}
+        width = NUM_TRAIN_TIMESTEPS / self.timestep_bins
+        for i in range(self.timestep_bins):
+            if counts[k + i]:
+                metrics[f"loss_tau_{round(i * width):04d}_{round((i + 1) * width):04d}"] = sums[k + i] / counts[k + i]
+        return metrics
+
+    def state_dict(self) -> list[list[list[float]]]:
+        """Return every rank's sums, so that a run stopped between two logged steps reports the same means. Collective."""
+        gathered = [torch.zeros_like(self.totals) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(gathered, self.totals, self.group)
+        return [totals.tolist() for totals in gathered]
+
+    def load_state_dict(self, state: list) -> None:
+        """Take back this rank's sums; with another number of ranks the first one takes them all, with other bins none does."""
+        totals = torch.tensor(state, dtype=torch.float64)
+        if totals.shape[1:] != self.totals.shape:  # logging.timestep_bins has changed
+            return
+        if len(totals) == dist.get_world_size(self.group):
+            self.totals.copy_(totals[dist.get_rank(self.group)])
+        elif dist.get_rank(self.group) == 0:
+            self.totals.copy_(totals.sum(0))
+
+
+def expert_gradient_norms(engine, group_labels: list[str]) -> dict[str, Tensor]:
+    """Return the gradient's norm per label, before clipping, over all ranks. Collective; call it between backward and step.
+
+    Args:
+        engine: a DeepSpeed engine with ZeRO, at a gradient accumulation boundary.
+        group_labels: the label of each of the optimizer's parameter groups; groups of one label are added.
+    """
+    squares: dict[str, Tensor] = {}
+    for index, norm in gradient_norms(engine.optimizer):
+        label = group_labels[index]
+        squares[label] = squares.get(label, 0) + norm.float().square()
+    return {label: square.sqrt() for label, square in squares.items()}
+
+
+class MetricsWriter:
+    """Writes logged steps to metrics.jsonl (one JSON object a line) and TensorBoard. Only rank 0 has one.
+
+    Args:
+        output_dir: the run's.
+        resumed_step: what was logged after this step, by a run that went on beyond its last checkpoint, is dropped: it is about
+            to be computed again.
+    """
+
+    def __init__(self, output_dir: Path, resumed_step: int):
+        self.path = output_dir / "metrics.jsonl"
+        if self.path.exists():
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            partial = self.path.with_suffix(".jsonl.partial")
+            partial.write_bytes(
+                b"".join(line for line in lines if line.endswith(b"\n") and self._is_kept(line, resumed_step))
+            )
+            os.replace(partial, self.path)
+        self.writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step + 1)
+
+    def _is_kept(self, line: bytes, resumed_step: int) -> bool:
+        try:
+            return json.loads(line)["step"] <= resumed_step
+        except (ValueError, KeyError, TypeError) as error:
+            print(f"{self.path}: a damaged line is left out ({error}): {line[:80]!r}", flush=True)
+            return False
+
+    def scalars(self, step: int, metrics: dict) -> None:
+        """Log one step's numbers; what is no number, such as a list of events, goes to metrics.jsonl only.
+
+        Numbers that are not finite become null: JSON has no others.
+        """
+        entry = {"step": step} | {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in metrics.items()
+        }
+        with self.path.open("a") as stream:
+            stream.write(json.dumps(entry) + "\n")
+        for name, value in entry.items():
+            if name != "step" and isinstance(value, int | float):
+                self.writer.add_scalar(_tensorboard_tag(name), value, step)
+
+    def gates(self, step: int, gates: dict[int, Tensor]) -> None:
+        """Log the gate values of each layer [B, H]: the mean per layer, and the distribution over heads and timesteps."""
+        for layer, values in gates.items():
+            self.writer.add_scalar(f"gate_mean/layer_{layer:02d}", values.mean().item(), step)
+            self.writer.add_histogram(f"gate/layer_{layer:02d}", values.flatten().cpu(), step)
+
+    def image(self, step: int, name: str, pixels) -> None:
+        """Log a picture, an array [height, width] or [height, width, 3] of bytes."""
+        self.writer.add_image(name, pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC")
+
+    def text(self, name: str, text: str) -> None:
+        """Log a text as a code block."""
+        self.writer.add_text(name, "\n".join("    " + line for line in text.splitlines()))
+
+    def flush(self) -> None:
+        """Write out what is buffered."""
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Write out what is buffered and close the files."""
+        self.writer.close()
+
+
+def _tensorboard_tag(name: str) -> str:
+    """Put related numbers on one card: loss_group_0 becomes loss_per_group/0."""
+    for prefix, card in (
+        ("loss_group_", "loss_per_group/"),
+        ("loss_tau_", "loss_per_timestep/"),
+        ("grad_norm_", "grad_norm_per_group/"),
+        ("rank_", "ranks/"),
+        ("slowest_rank", "ranks/slowest"),
+    ):
+        if name.startswith(prefix):
+            return card + name.removeprefix(prefix)
+    return f"train/{name}"

@@ -1,0 +1,119 @@
+"""Stopping a run in the middle so that it can go on later.
+
+A stop is requested by SIGTERM or SIGUSR1 to any rank's process, or by a file ``output_dir/stop`` that a batch script or a person
+touches. All ranks agree on the request after every optimizer step, save a checkpoint of that step and end with EXIT_STOPPED;
+``output_dir/requeue`` then says that the run wants to be started again. Batch scripts go by that file, not by the exit code,
+which launchers replace by their own: torchrun ends with 1, and ``deepspeed`` does not pass signals on, but the stop file works
+under every launcher.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from latte_flow.training.data.workers import STOP_SIGNALS
+
+STOP_FILE = "stop"
+REQUEUE_FILE = "requeue"
+EXIT_STOPPED = os.EX_TEMPFAIL
+REPEAT_SECONDS = 2.0
+"""A signal that comes again within this time is the same request: srun, a launcher and the kernel may each deliver it."""
+
+
+class StopRequest:
+    """Whether this run was asked to stop; installs the signal handlers. Its methods are collective.
+
+    A second signal ends the process at once with 128 + its number. So that this works while the main thread waits inside a
+    collective operation, where Python runs no signal handler, a thread reads the signals from Python's wake-up pipe.
+
+    Args:
+        output_dir: the run's; rank 0 looks for the stop file there, and removes the marker of an earlier stop.
+        device: of the flag that is reduced over the ranks.
+
+    Raises:
+        ValueError: outside the main thread, where Python installs no signal handlers.
+    """
+
+    def __init__(self, output_dir: Path, device: torch.device):
+        self.stop_file = output_dir / STOP_FILE
+        self.requeue_file = output_dir / REQUEUE_FILE
+        self._is_first_rank = dist.get_rank() == 0
+        self._signalled_at: float | None = None
+        self._stopped = False
+        self._flag = torch.zeros(1, dtype=torch.int32, device=device)
+        self._answer = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._copied = None if device.type == "cpu" else torch.Event(device)
+        if self._is_first_rank:
+            self.requeue_file.unlink(missing_ok=True)
+
+        self._pipe, pipe_end = os.pipe()
+        os.set_blocking(pipe_end, False)
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: None)  # a Python handler is what makes the signal appear in the pipe
+        signal.set_wakeup_fd(pipe_end, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="stop signals", daemon=True).start()
+
+    def poll(self, *, wait: bool = False) -> bool:
+        """Return whether any rank was asked to stop, the same on all ranks. Call it after every optimizer step.
+
+        On a GPU the answer is that of the ranks' flags at the call before: reading the newest one would make the host wait for
+        all work queued on the device.
+
+        Args:
+            wait: wait for the newest answer, after something long such as drawing samples.
+        """
+        asked = self._signalled_at is not None or (self._is_first_rank and self.stop_file.exists())
+        if self._copied is not None:
+            self._read()
+        self._flag.fill_(int(asked))
+        dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
+        self._answer.copy_(self._flag, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        if wait or self._copied is None:
+            self._read()
+        return self._stopped
+
+    def finish(self, *, stopped: bool) -> None:
+        """Leave or remove the marker file, and take the stop file away.
+
+        Call it when the last checkpoint is committed. It ends with a barrier: a launcher that sees the first rank end sends
+        signals to the others.
+
+        Args:
+            stopped: whether the run ends because of a request and wants to be started again.
+        """
+        if self._is_first_rank:
+            if stopped:
+                self.requeue_file.touch()
+            else:
+                self.requeue_file.unlink(missing_ok=True)
+            self.stop_file.unlink(missing_ok=True)
+        dist.barrier()
+
+    def _read(self) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._stopped = self._stopped or bool(self._answer.item())
+        if self._stopped and self._is_first_rank:
+            self.stop_file.unlink(missing_ok=True)  # the next start, whatever this one comes to, is not asked to stop
+
+    def _listen(self) -> None:
+        """Read signal numbers as they come; signals that others handle in Python appear in the pipe too."""
+        while byte := os.read(self._pipe, 1):
+            number = byte[0]
+            if number not in STOP_SIGNALS:
+                continue
+            now = time.monotonic()
+            if self._signalled_at is None:
+                self._signalled_at = now
+                name = signal.Signals(number).name
+                print(f"{name}: stopping after this step; again: leaving at once", file=sys.stderr, flush=True)
+            elif now - self._signalled_at > REPEAT_SECONDS:
+                os._exit(128 + number)

@@ -1,0 +1,80 @@
+"""The fixed-seed sample grid that a run draws of itself."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from latte_flow.model.codecs import LatentCodec
+from latte_flow.model.images import grid_scale, make_grid, to_uint8
+from latte_flow.model.sampling import image_seeds, initial_noise, sample_latents
+from latte_flow.training.configs.fields import SampleConfig
+from latte_flow.training.data.context_cache import ContextSource
+from latte_flow.training.distributed.ranks import Ranks
+from latte_flow.training.optimizer import ema_weights
+
+
+def samples_per_rank(config: SampleConfig, ranks: Ranks) -> int:
+    """Return how many images of a grid a rank draws: equal shares, so that every rank runs the same modules equally often."""
+    return -(-config.num_images // ranks.data_size)
+
+
+class SampleGrid:
+    """Draws the same images at every time, so that grids of different steps can be compared.
+
+    Args:
+        config: how many, and how.
+        codec: of the run.
+        contexts: of the prompts, for a frozen VLM; None for a trained one.
+        prompt_inputs: the prompts' tokens, for a trained VLM.
+        num_prompts: rows 0 .. num_prompts - 1 are prompts, which the images run through; the next one is the null prompt.
+        ranks: who draws which share; tensor-parallel ranks draw the same images together.
+    """
+
+    def __init__(
+        self,
+        config: SampleConfig,
+        codec: LatentCodec,
+        contexts: ContextSource | None,
+        prompt_inputs: Mapping[str, Tensor] | None,
+        num_prompts: int,
+        ranks: Ranks,
+    ):
+        self.config, self.codec = config, codec
+        self.contexts, self.prompt_inputs, self.num_prompts = contexts, prompt_inputs, num_prompts
+        self.ranks = ranks
+
+    def draw(self, engine) -> np.ndarray:
+        """Draw from the averaged weights of a DeepSpeed engine, each rank its share. Collective.
+
+        Returns:
+            One picture, bytes [height, width] or [height, width, 3].
+        """
+        model, config = engine.module, self.config
+        share = samples_per_rank(config, self.ranks)
+        first = self.ranks.data_rank * share
+        rows = torch.cat([torch.arange(first, first + share) % self.num_prompts, torch.tensor([self.num_prompts])])
+        latent_shape = (model.config.latent_channels, *model.config.latent_size)
+        with ema_weights(engine), torch.no_grad():
+            if self.contexts is not None:
+                context, rows = self.contexts.lookup(rows)
+            else:
+                distinct, rows = torch.unique(rows.to(engine.device), return_inverse=True)
+                context = model.encode_context({n: tokens[distinct] for n, tokens in self.prompt_inputs.items()})
+            latents = sample_latents(
+                model,
+                initial_noise(image_seeds(config.seed, first, share), latent_shape),
+                context.gather(rows[:-1]),
+                context.gather(rows[-1:]),
+                num_steps=config.num_steps,
+                cfg_scale=config.cfg_scale,
+                solver=config.solver,
+            )
+        images = self.codec.decode(latents).float().contiguous()
+        parts = [torch.empty_like(images) for _ in range(self.ranks.data_size)]
+        dist.all_gather(parts, images, self.ranks.data_group)
+        pixels = to_uint8(torch.cat(parts)[: config.num_images])
+        columns = min(10 if self.num_prompts % 10 == 0 else 8, len(pixels))
+        return make_grid(pixels, columns, scale=grid_scale(images.shape[-1]))

@@ -1,0 +1,1 @@
+"""What a run trains on: each objective gives samples, batches and losses."""

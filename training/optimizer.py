@@ -1,0 +1,106 @@
+"""AdamW that keeps the exponential moving average (EMA) of the weights, and the groups of parameters it is given.
+
+DeepSpeed ZeRO hands the optimizer this rank's flat shard of the float32 master weights. Keeping the average as one more state
+tensor of AdamW makes it a shard of the same shape: it costs 4 bytes a parameter divided by the world size, and DeepSpeed saves,
+loads, re-partitions and offloads it with the moments. A step that DeepSpeed skips skips the average too.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.training.distributed.zero import master_shards, refresh_model_weights
+
+EMA_KEY = "ema"
+"""Name of the average in the optimizer's state, beside exp_avg and exp_avg_sq."""
+
+
+class AdamWWithEMA(torch.optim.AdamW):
+    """torch's AdamW that also averages the parameters it updates.
+
+    After update n = 1, 2, ... the average moves by ema += (1 - d_n) (p - ema), d_n = min(decay, (1 + n) / (10 + n)). Early on
+    it follows quickly, so that it forgets the random initial weights.
+
+    Args:
+        params: parameter groups, as for AdamW.
+        ema_decay: the decay that d_n grows to; 0 makes the average equal the weights.
+        kwargs: AdamW's own.
+    """
+
+    def __init__(self, params, *, ema_decay: float, **kwargs):
+        super().__init__(params, **kwargs)
+        self.ema_decay = ema_decay
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if EMA_KEY not in state:
+                    # n = 1 forgets all but 2/11 of the initial weights: starting from the first updated ones loses nothing.
+                    state[EMA_KEY] = parameter.detach().clone(memory_format=torch.preserve_format)
+                    continue
+                # "step" is a tensor that may live on the device: arithmetic on it needs no host synchronisation.
+                n = state["step"]
+                decay = torch.clamp((1 + n) / (10 + n), max=self.ema_decay)
+                state[EMA_KEY].lerp_(parameter, (1 - decay).to(parameter.device, parameter.dtype))
+        return loss
+
+
+@contextmanager
+def ema_weights(engine) -> Iterator[None]:
+    """Run the body with the averaged weights in the model, and put the trained ones back afterwards, bit for bit.
+
+    Every rank swaps its shard of the master weights with its shard of the average, and DeepSpeed gathers the model's weights from
+    the shards as after an optimizer step. Before the first step there is no average, and the body sees the weights themselves.
+
+    Args:
+        engine: a DeepSpeed engine with ZeRO over an AdamWWithEMA.
+    """
+    zero = engine.optimizer
+    shards = [p for p in master_shards(zero) if EMA_KEY in zero.optimizer.state.get(p, {})]
+    if not shards:
+        yield
+        return
+
+    def swap():
+        for shard in shards:
+            average = zero.optimizer.state[shard][EMA_KEY]
+            trained = shard.data.clone()
+            shard.data.copy_(average)
+            average.copy_(trained)
+        refresh_model_weights(zero)
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
+def parameter_groups(model: LatteFlowModel, weight_decay: float) -> list[dict]:
+    """Return the trained parameters as optimizer groups: one a timestep expert, one of what is around them, one of the VLM.
+
+    Each comes with and without weight decay: norms, biases, modulation and residual gates have none (paper section 6). A group's
+    ``name`` is the label that its gradient norm is reported under.
+    """
+    groups: dict[tuple[str, bool], list] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part, index, *_ = name.split(".")
+        if part == "layers":
+            label = f"group_{model.experts.group_of_layer(int(index))}"
+        else:
+            label = {"image_io": "image_io", "vlm": "vlm"}[part]
+        decays = parameter.dim() > 1 and "modulation" not in name and "residual_gate" not in name
+        groups.setdefault((label, decays), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "name": label}
+        for (label, decays), parameters in groups.items()
+    ]
