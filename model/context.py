@@ -172,8 +172,8 @@ def encode_context(
 
     Args:
         vlm: a transformers Qwen2VLForConditionalGeneration.
-        prompt_inputs: what its processor returns: input_ids [P, S], attention_mask [P, S], and for prompts with pictures pixel_values,
-            image_grid_thw and mm_token_type_ids.
+        prompt_inputs: what its processor returns: input_ids [P, S], attention_mask [P, S], and for prompts with pictures
+            pixel_values, image_grid_thw and mm_token_type_ids.
         projection: ``generation`` or ``vlm`` (LatteFlowConfig.context_projection).
         layers: the layers to keep; None for all.
     """
