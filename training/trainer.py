@@ -46,6 +46,7 @@ from latte_flow.training.errors import UserError
 from latte_flow.training.monitor.health import StepHealth
 from latte_flow.training.monitor.metrics import LossMeter, MetricsWriter, expert_gradient_norms
 from latte_flow.training.monitor.preemption import StopRequest
+from latte_flow.training.monitor.progress import progress_bar
 from latte_flow.training.monitor.sample_grid import SampleGrid, samples_per_rank
 from latte_flow.training.monitor.stragglers import RankTimer
 from latte_flow.training.monitor.watchdog import PHASES, Watchdog
@@ -207,7 +208,7 @@ class Trainer:
             num_workers=config.data.num_workers,
         )
         batches = iter(loader)
-        progress = tqdm(
+        progress = progress_bar(
             total=config.max_steps,
             initial=self.step,
             desc="training",
