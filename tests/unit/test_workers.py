@@ -7,7 +7,7 @@ from pathlib import Path
 FAILING = """
 import os, signal
 from torch.utils.data import DataLoader
-from latte_flow.training.monitor.preemption import ignore_stop_signals, kill_workers_at_exit
+from latte_flow.training.data.workers import ignore_stop_signals, kill_workers_at_exit
 
 kill_workers_at_exit()
 batches = iter(DataLoader(range(100), num_workers=1, worker_init_fn=ignore_stop_signals, persistent_workers=True))
