@@ -17,13 +17,17 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.tools.conversion.writers import (
+    write_dcp,
+    write_megatron_dist,
+    write_megatron_ranks,
+    write_safetensors,
+    write_torch_file,
+    write_universal,
+)
 from latte_flow.training.checkpoint.formats.matching import MatchedSource, match_weights
 from latte_flow.training.checkpoint.formats.recognise import open_weights
-from latte_flow.training.checkpoint.formats.safetensors_files import write_safetensors
 from latte_flow.training.checkpoint.formats.source import TensorInfo, TrainingState, WeightSource
-from latte_flow.training.checkpoint.formats.torch_dcp import write_dcp, write_megatron_dist
-from latte_flow.training.checkpoint.formats.torch_files import write_megatron_ranks, write_torch_file
-from latte_flow.training.checkpoint.formats.universal import write_universal
 from tests.integration.launching import environment
 from tests.tiny import make_model, make_vlm
 

@@ -14,13 +14,17 @@ from latte_flow.model.pipeline import PIPELINE_FILE, TOKENIZER_FOLDER
 from latte_flow.tools.conversion.megatron_gpt import compare_megatron_gpt, write_megatron_gpt
 from latte_flow.tools.conversion.output_folder import check_output, make_partial_folder, replace
 from latte_flow.tools.conversion.qwen2_vl import compare_qwen2_vl, load_understanding_path, write_qwen2_vl
+from latte_flow.tools.conversion.writers import (
+    write_dcp,
+    write_megatron_dist,
+    write_megatron_ranks,
+    write_safetensors,
+    write_torch_file,
+    write_universal,
+)
 from latte_flow.training.checkpoint.formats.matching import MatchedSource
 from latte_flow.training.checkpoint.formats.recognise import open_weights
-from latte_flow.training.checkpoint.formats.safetensors_files import write_safetensors
 from latte_flow.training.checkpoint.formats.source import EMA, EXPORT_FILE, MODEL, WeightSource
-from latte_flow.training.checkpoint.formats.torch_dcp import write_dcp, write_megatron_dist
-from latte_flow.training.checkpoint.formats.torch_files import write_megatron_ranks, write_torch_file
-from latte_flow.training.checkpoint.formats.universal import write_universal
 from latte_flow.training.checkpoint.manifest import describe_file
 from latte_flow.training.checkpoint.opening import OpenedCheckpoint, open_checkpoint
 from latte_flow.training.durable import sync_folder, write_synced

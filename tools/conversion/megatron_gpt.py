@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
 from latte_flow.model.partition import take_part
+from latte_flow.tools.conversion.writers import write_megatron_rank
 from latte_flow.training.checkpoint.formats.source import load_torch_file
-from latte_flow.training.checkpoint.formats.torch_files import RANK_FILE, find_iteration, write_megatron_rank
+from latte_flow.training.checkpoint.formats.torch_files import RANK_FILE, find_iteration
 
 GPT_FILE = "gpt_model.json"
 """The arguments of TransformerConfig and GPTModel."""
