@@ -62,9 +62,11 @@ def gpt_arguments(config: PretrainedConfig, tensor_parallel: int) -> dict[str, d
     text = config.text_config
     rope = text.rope_parameters
     # transformers calls the multimodal rotary embedding "default" or "mrope"; the other types stretch it.
-    fixed = {"hidden_act": (text.hidden_act, ("silu",)), "rope_type": (rope["rope_type"], ("default", "mrope"))}
-    fixed["use_sliding_window"] = (text.use_sliding_window, (False,))
-    for name, (value, accepted) in fixed.items():
+    for name, value, accepted in (
+        ("hidden_act", text.hidden_act, ("silu",)),
+        ("rope_type", rope["rope_type"], ("default", "mrope")),
+        ("use_sliding_window", text.use_sliding_window, (False,)),
+    ):
         if value not in accepted:
             raise ValueError(f"{name}: {value!r}; accepted with --to megatron-gpt: {' or '.join(map(str, accepted))}")
     return {
