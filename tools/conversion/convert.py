@@ -12,7 +12,7 @@ from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.partition import check_tensor_parallel
 from latte_flow.model.pipeline import PIPELINE_FILE, TOKENIZER_FOLDER
 from latte_flow.tools.conversion.megatron_gpt import compare_megatron_gpt, write_megatron_gpt
-from latte_flow.tools.conversion.output_folder import check_output, make_partial_folder, replace
+from latte_flow.tools.conversion.output_folder import check_output, make_partial_folder, put_in_place
 from latte_flow.tools.conversion.qwen2_vl import compare_qwen2_vl, load_understanding_path, write_qwen2_vl
 from latte_flow.tools.conversion.writers import (
     write_dcp,
@@ -87,7 +87,7 @@ def convert(
             if verify:
                 _verify(partial, source, config, opened, to=to, dtype=dtype, ranks=tensor_parallel)
             _finish(partial, source, opened, to)
-            replace(partial, target)
+            put_in_place(partial, target, force=force)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
