@@ -32,6 +32,10 @@ OPTIMIZER_BYTES = 16
 """float32 master weight, two moments of AdamW and the average: bytes a parameter, sharded over the ranks."""
 
 
+Networks = tuple[LatteFlowModel, nn.Module, LatentCodec]
+"""The network, its VLM (which a Blend has inside) and the codec."""
+
+
 @dataclass(frozen=True)
 class Parameters:
     """Numbers of parameters over all ranks."""
@@ -160,11 +164,8 @@ def dry_run(config: TrainingConfig, assumed: Assumptions) -> DryRun:
     return DryRun(parameters, memory, flops, layout, seconds)
 
 
-Networks = tuple[LatteFlowModel, nn.Module, LatentCodec]
-
-
 def _build_networks(config: TrainingConfig, components: MetaComponents) -> Networks:
-    """Return the network, its VLM (which a Blend has inside) and the codec, in the type that computes."""
+    """Return the networks on the meta device, in the type that computes."""
     with META:
         model = LatteFlowModel(components.model_config)
     vlm: nn.Module = model.vlm if components.model_config.variant == "blend" else components.vlm
