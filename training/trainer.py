@@ -43,6 +43,7 @@ from latte_flow.training.errors import UserError
 from latte_flow.training.monitor.health import StepHealth
 from latte_flow.training.monitor.metrics import LossMeter, MetricsWriter, expert_gradient_norms
 from latte_flow.training.monitor.preemption import StopRequest
+from latte_flow.training.monitor.progress import progress_bar
 from latte_flow.training.monitor.sample_grid import SampleGrid
 from latte_flow.training.monitor.stragglers import RankTimer
 from latte_flow.training.monitor.watchdog import PHASES, Watchdog
@@ -209,7 +210,7 @@ class Trainer:
         return iter(make_loader(self.samples, self.layout, **steps, num_workers=self.config.data.num_workers))
 
     def _make_progress_bar(self) -> tqdm:
-        return tqdm(
+        return progress_bar(
             total=self.config.max_steps,
             initial=self.step,
             desc="training",

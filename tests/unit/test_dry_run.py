@@ -58,6 +58,7 @@ def test_memory_at_paper_size_follows_the_sharding_arithmetic(paper_run):
     assert paper_run.seconds / 3600 == pytest.approx(hours, rel=0.01)
 
 
+@pytest.mark.slow
 def test_zero3_shards_the_weights_and_a_partial_cache_needs_the_vlm_beside_it(paper_run):
     stage3 = dry_run(parse_config([*PAPER, "--deepspeed=ds_configs/zero3.json"]), Assumptions(gpus=8, prompt_tokens=16))
     assert stage3.memory.weights == paper_run.memory.weights / 8
@@ -91,6 +92,7 @@ def test_parameters_are_those_of_the_built_model(tmp_path, variant):
     assert counted.generation_path == path
 
 
+@pytest.mark.slow
 def test_activations_agree_with_the_memory_a_real_forward_takes(tmp_path):
     config = parse_config(["--global_batch_size", "1024"])
     predicted = dry_run(config, Assumptions(gpus=1)).memory.activations

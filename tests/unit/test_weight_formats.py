@@ -130,6 +130,7 @@ def test_every_pair_of_formats(model, weights, tmp_path, first):
         assert_same(open_weights(folder), weights)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     variant=st.sampled_from(["couple", "blend"]),
@@ -228,6 +229,7 @@ class TestOtherLibraries:
         dcp.save({**weights, "a note": "that is no tensor"}, checkpoint_id=theirs, no_dist=True)
         assert_same(open_weights(theirs), weights)
 
+    @pytest.mark.slow
     def test_torch_distributed_checkpoint_of_two_ranks(self, tmp_path):
         """DTensors cut into rows of two ranks, the second with fewer, are put together."""
         run_script(TWO_RANKS, str(tmp_path / "dcp"))
@@ -235,6 +237,7 @@ class TestOtherLibraries:
         assert torch.equal(source.read("w"), torch.arange(21.0).view(7, 3))
         assert torch.equal(source.read("b"), torch.ones(2))
 
+    @pytest.mark.slow
     def test_megatron_dist_checkpointing(self, tmp_path):
         """megatron.core loads ours; its own save, which asks CUDA for the device, is told the CPU."""
         weights = {"layers.0.k": torch.randn(6, 4), "b": torch.randn(5).bfloat16()}

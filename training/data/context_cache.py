@@ -62,7 +62,7 @@ class PromptEncoder:
     @torch.no_grad()
     def encode(self, rows: Sequence[int]) -> Context:
         """Return the context of some prompts, at least one, in their order."""
-        result = None
+        result: Context | None = None
         for first in range(0, len(rows), ENCODE_BATCH_SIZE):
             chunk = list(rows[first : first + ENCODE_BATCH_SIZE])
             full = chunk + chunk[-1:] * (ENCODE_BATCH_SIZE - len(chunk))
@@ -72,6 +72,7 @@ class PromptEncoder:
                 result = context.empty(len(rows))
             places = torch.arange(first, first + len(chunk), device=self.vlm.device)
             result.write(places, context.gather(places - first))
+        assert result is not None  # at least one prompt
         return result
 
     def bytes_per_prompt(self) -> int:
@@ -145,6 +146,7 @@ class LRUContextCache:
         if missing:
             self._store(missing)
         places = torch.tensor([self._slots[row] for row in rows.tolist()])
+        assert self._buffers is not None  # made by the first lookup
         return self._buffers, places.to(self._buffers.mask.device, non_blocking=True)
 
     def _store(self, rows: list[int]) -> None:

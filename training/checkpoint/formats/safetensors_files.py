@@ -66,9 +66,9 @@ class SafetensorsSource(WeightSource):
             )
         step = next(iter(steps), None)
         self.step = int(step) if step is not None and step.isdigit() else None
-        for name, file in (placed or {}).items():
+        for name, announced in (placed or {}).items():
             if name not in self._file_of:
-                raise ValueError(f"{path}: {name} is not in {file}, where the index says it is")
+                raise ValueError(f"{path}: {name} is not in {announced}, where the index says it is")
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:

@@ -86,7 +86,8 @@ class DistributedCheckpointSource(WeightSource):
         self.path = path
         self.format = "dcp"
         metadata = _read_metadata(path / METADATA_FILE)
-        self._entries, self._places = metadata.state_dict_metadata, {}
+        self._entries = metadata.state_dict_metadata
+        self._places: dict[str, dict] = {}
         for index, place in metadata.storage_data.items():
             self._places.setdefault(index.fqn, {})[index] = place
         with reading(path / METADATA_FILE):

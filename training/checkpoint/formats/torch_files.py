@@ -161,17 +161,23 @@ def write_megatron_ranks(folder: Path, source: WeightSource, *, tensor_parallel:
     Raises:
         ValueError: when the number of ranks does not divide a tensor that is split.
     """
-    step = source.step
-    name = "release" if step is None else f"iter_{step:07d}"
     for rank in range(tensor_parallel):  # reading again costs less than the whole model in memory
         state = {key: take_part(key, source.read(key), rank, tensor_parallel).clone() for key in source.tensors}
-        content = {
-            "checkpoint_version": 3.0,
-            "iteration": step or 0,
-            "tensor_model_parallel_size": tensor_parallel,
-            "model": state,
-        }
-        file = folder / name / f"mp_rank_{rank:02d}" / RANK_FILE
-        file.parent.mkdir(parents=True)
-        torch.save(content, file)
+        write_megatron_rank(folder, state, rank, tensor_parallel, source.step)
+
+
+def write_megatron_rank(
+    folder: Path, state: Mapping[str, Tensor | None], rank: int, tensor_parallel: int, step: int | None
+) -> None:
+    """Write one rank's state dict where Megatron looks for it; None for the step gives a release."""
+    content = {
+        "checkpoint_version": 3.0,
+        "iteration": step or 0,
+        "tensor_model_parallel_size": tensor_parallel,
+        "model": dict(state),
+    }
+    name = "release" if step is None else f"iter_{step:07d}"
+    file = folder / name / f"mp_rank_{rank:02d}" / RANK_FILE
+    file.parent.mkdir(parents=True)
+    torch.save(content, file)
     (folder / ITERATION_FILE).write_text("release" if step is None else str(step))

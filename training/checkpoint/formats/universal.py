@@ -41,7 +41,7 @@ class _LossScaler:
     """Stands for DeepSpeed's class of that name, whose content is of no use here."""
 
 
-STAND_INS = [
+STAND_INS: list = [
     (_LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
 ]
@@ -111,7 +111,7 @@ class UniversalSource(WeightSource):
 
     def _updates(self, settings: dict) -> int:
         """Return how many updates the optimizer has done; every parameter must say the same."""
-        steps = {}
+        steps: dict[int, str] = {}
         for name, folder in self._folders.items():
             file = folder / f"{STEP_KEY}.pt"
             if file.is_file():
