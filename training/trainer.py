@@ -92,7 +92,7 @@ class Trainer:
             world_size=self.ranks.data_size,
             rank=self.ranks.data_rank,
         )
-        deepspeed_config = load_deepspeed_config(config, self.layout)
+        ds_config = load_deepspeed_config(config, self.layout)
         model = build_model(config, components, self.ranks, initial)
         optimizer = build_optimizer(model, config.optimizer)
         self.group_labels = [group["name"] for group in optimizer.param_groups]
@@ -103,9 +103,7 @@ class Trainer:
         dist.barrier()  # nobody writes before all have read what the run has
         if self.rank == 0:
             write_components(config, components, model)
-        self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config, mpu=self.ranks.mpu
-        )
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=self.ranks.mpu)
         self.model: LatteFlowModel = self.engine.module
         self.samples = self._make_samples(images, components)
         self._make_monitors(len(images.prompts))
