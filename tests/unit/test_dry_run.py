@@ -6,11 +6,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from transformers import AutoConfig, Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLForConditionalGeneration
 
-from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.latte_flow import LatteFlowModel
-from latte_flow.training.components import build_components
+from latte_flow.training.components import build_components, build_meta_components
 from latte_flow.training.configs.deepspeed import load_deepspeed_config
 from latte_flow.training.configs.fields import Assumptions
 from latte_flow.training.configs.parser import parse_command, parse_config
@@ -133,12 +132,23 @@ def test_assumptions_come_from_the_command_line_and_are_checked():
         parse_command(["--dry_run", "--assume.gpus", "0"])
 
 
+def test_what_the_run_refuses_is_refused_before_it_is_counted():
+    autoencoder = "training/configs/backbones/dc_ae_f32c32_in_1.0"
+    for arguments, message in (
+        (["--codec.kind=dc-ae", f"--codec.path={autoencoder}"], r"codec: takes 3 image channels, data\.dataset digits"),
+        (["--vlm.path=training/configs"], r"vlm\.path: training/configs has no config\.json"),
+        (["--vlm.path", autoencoder], r"vlm\.path: (cannot load|.* accepted: qwen2_vl)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dry_run(parse_config(arguments), Assumptions(gpus=1))
+
+
 @pytest.mark.parametrize("preset", sorted(Path("training/configs").glob("*imagenet*.yaml")), ids=lambda path: path.stem)
 def test_presets_describe_a_network_and_a_batch_for_8_gpus(preset):
     config = parse_config(["--config", str(preset)])
-    vlm_config = AutoConfig.from_pretrained("training/configs/backbones/qwen2_vl_2b")
+    vlm, codec, network, _ = build_meta_components(config)  # by their hub ids, with no download
+    assert {p.device.type for p in [*vlm.parameters(), *codec.parameters()]} == {"meta"}
     side = config.data.resolution // 32
-    network = LatteFlowConfig(vlm_config=vlm_config, latent_size=(side, side), **config.model)
     layout = make_batch_layout(config, num_groups=network.num_groups, world_size=8, rank=0)
     load_deepspeed_config(config, layout)
     assert network.num_image_tokens == side**2
