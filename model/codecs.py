@@ -188,6 +188,7 @@ def load_codec(
     image_channels: int = 3,
     patch: int = 1,
     dtype: torch.dtype | None = None,
+    meta: bool = False,
 ) -> LatentCodec:
     """Build a codec.
 
@@ -199,6 +200,7 @@ def load_codec(
         image_channels: c, for ``pixel``.
         patch: side of a latent position in pixels, for ``pixel``.
         dtype: type of the autoencoder's weights, for ``dc-ae``; None for float32.
+        meta: build it on the meta device, in float32: of the checkpoint only its config.json is read.
 
     Raises:
         ValueError: when the kind is unknown, or the checkpoint is missing or another model's.
@@ -214,14 +216,19 @@ def load_codec(
             f"({', '.join(PRESETS)})"
         )
     try:
-        found = AutoencoderDC.load_config(path).get("_class_name")
+        settings = AutoencoderDC.load_config(path)
+        found = settings.get("_class_name")
         if found != AutoencoderDC.__name__:
             raise ValueError(f"it holds a {found}; accepted: an {AutoencoderDC.__name__}")
-        autoencoder, report = AutoencoderDC.from_pretrained(
-            path, torch_dtype=dtype or torch.float32, output_loading_info=True
-        )
-        if report["missing_keys"]:  # diffusers leaves these random and goes on
-            raise ValueError(f"its weights lack {', '.join(report['missing_keys'][:3])}, ...")
+        if meta:
+            with torch.device("meta"):
+                autoencoder = AutoencoderDC.from_config(settings)
+        else:
+            autoencoder, report = AutoencoderDC.from_pretrained(
+                path, torch_dtype=dtype or torch.float32, output_loading_info=True
+            )
+            if report["missing_keys"]:  # diffusers leaves these random and goes on
+                raise ValueError(f"its weights lack {', '.join(report['missing_keys'][:3])}, ...")
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: weights of other shapes
         raise ValueError(f"codec.path: cannot load {path}: {error}") from error
     return DCAECodec(autoencoder, scaling_factor)

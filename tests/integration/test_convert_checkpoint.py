@@ -204,7 +204,7 @@ import json, sys, deepspeed, torch
 from pathlib import Path
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from latte_flow.model.latte_flow import LatteFlowModel
-from latte_flow.training.components import parameter_groups
+from latte_flow.training.optimizer import parameter_groups
 
 folder, stage, output = sys.argv[1:]
 deepspeed.init_distributed("gloo")
