@@ -25,9 +25,10 @@ from latte_flow.training.configs.saved import CONFIG_FILE, differences, load_con
 from latte_flow.training.durable import PARTIAL
 from latte_flow.training.errors import UserError
 from latte_flow.training.monitor.preemption import REQUEUE_FILE, STOP_FILE
+from latte_flow.training.run_lock import LOCK_FILE
 
 DATA_FILE = "data.json"
-MAY_BE_THERE = (STOP_FILE, REQUEUE_FILE, CONFIG_FILE + PARTIAL)
+MAY_BE_THERE = (STOP_FILE, REQUEUE_FILE, LOCK_FILE, CONFIG_FILE + PARTIAL)
 """What the names of files start with that the folder of a run that has not begun may hold."""
 NETWORK_FIELDS = ("model.", "vlm.", "codec.")
 """What a run that starts from another one's checkpoint must have in common with it."""

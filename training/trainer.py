@@ -56,6 +56,7 @@ from latte_flow.training.run_folder import (
     find_origin,
     write_components,
 )
+from latte_flow.training.run_lock import RunLock
 
 ABANDON_SECONDS = 600.0
 """How long a run that ends by an error waits for a checkpoint that is being written."""
@@ -78,6 +79,17 @@ class Trainer:
         self.rank = dist.get_rank()
         self.ranks = arrange_ranks(config.tensor_parallel, config.health.patience)
         self.device = torch.device(get_accelerator().current_device_name())
+        check_output_dir(config)  # the lock's file is put into no folder of somebody else's
+        self.lock = RunLock(self.output_dir)
+        try:
+            self._build()
+        except UserError:
+            self.lock.release()
+            raise
+
+    def _build(self) -> None:
+        """Build the run in the order in which its ranks meet. The output_dir is this run's alone from here on."""
+        config = self.config
         check_output_dir(config)
         self.origin, initial = find_origin(config), find_initial_weights(config)
         dist.barrier()  # the stop request removes a file that others look at
@@ -227,6 +239,7 @@ class Trainer:
         if self.writer:
             self.writer.close()
         self.stop.finish(stopped=stopped)
+        self.lock.release()
         if stopped:
             print_once(f"stopped at step {self.step} with a checkpoint; the same command resumes the run")
 
