@@ -22,36 +22,42 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from tests.golden.runs import RUNS, record
+from tests.golden.runs import LAG, RUNS, record
 from tests.integration.conftest import CommandLines
 from tests.integration.launching import server_environment
 
 FOLDER = Path(__file__).parent
-TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}
+TOLERANCES = {"fp32": 2e-4, "bf16": 5e-2}
+"""Largest relative difference that is rounding: ten times what was measured between torch's, oneDNN's and MKL's AVX-512 and SSE
+kernels on one CPU, 2e-5 and 5e-3. In float32 a wrong sign of the gates differs by 4e-2, a decay of the average that is one update
+late by 2e-2; timesteps of other samples differ in their hash too."""
 
 
 def tolerance(run: dict) -> float:
-    """Return the largest relative difference that rounding on another CPU explains, for a record's ``run``."""
+    """Return the tolerance that holds for a record's ``run``."""
     return TOLERANCES[run["fields"].get("precision", "fp32")]
 
 
 def differences(new: dict, recorded: dict) -> dict[str, float]:
     """Return by how much the numbers of two records differ: where -> relative difference, infinite for what must be equal.
 
-    A component of weights is relative to their norm. Gradient norms are relative to 0.01 at least: their rounding is that of the
-    gradients of single samples.
+    Three scales are not the recorded number itself, which may happen to be near zero. Gradient norms: 0.01 at least, as their
+    rounding is that of the gradients of single samples. A component of weights: their norm. What the average lags behind:
+    a twentieth of the weights' norm at least.
     """
     found = {} if new["run"] == recorded["run"] else {"run": float("inf")}
     for mine, theirs in zip(new["steps"], recorded["steps"], strict=True):
-        for name in mine.keys() | theirs.keys():
+        for name in theirs | mine:
             scale = max(abs(theirs[name]), 0.01) if name in theirs and name not in ("step", "trained") else 0.0
             found[f"step {theirs['step']}, {name}"] = _relative(mine.get(name), theirs.get(name), scale)
     for kind, expected in recorded["weights"].items():
-        for part in expected.keys() | new["weights"][kind].keys():
-            mine, theirs = new["weights"][kind].get(part), expected.get(part)
-            for i, name in enumerate(("norm", "component")):
-                both = (mine[i], theirs[i], theirs[0]) if mine and theirs else (mine, theirs, 0.0)
-                found[f"{kind}, {part}, {name}"] = _relative(*both)
+        for part in expected | new["weights"][kind]:
+            mine, theirs = (weights.get(part, [None, None]) for weights in (new["weights"][kind], expected))
+            scale = theirs[0] or 0.0
+            if kind == LAG and part in expected:
+                scale = max(scale, recorded["weights"]["model"][part][0] / 20)
+            for name, ours, reference in zip(("norm", "component"), mine, theirs, strict=True):
+                found[f"{kind}, {part}, {name}"] = _relative(ours, reference, scale)
     return found
 
 

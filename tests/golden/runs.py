@@ -23,6 +23,8 @@ COMMON = {
     # Reached at the fifth update: both branches of the average's decay are trained.
     "optimizer__ema_decay": 0.4,
 }
+LAG = "ema - model"
+"""What the averaged weights lag behind: a wrong decay changes it by far more than the average itself."""
 VANILLA = {"model__num_groups": 1, "model__residual_attention": "false"}
 
 
@@ -90,7 +92,7 @@ def record(command: CommandLines, name: str, folder: Path) -> dict:
         "weights": {
             "model": summarise(model),
             "ema": summarise(ema),
-            "ema - model": summarise({parameter: ema[parameter] - weight for parameter, weight in model.items()}),
+            LAG: summarise({parameter: ema[parameter] - weight for parameter, weight in model.items()}),
         },
     }
 

@@ -20,4 +20,5 @@ def command(tmp_path_factory):
 def test_a_run_trains_what_was_recorded(command, tmp_path, name):
     recorded = read(FOLDER, name)
     found = differences(record(command, name, tmp_path), recorded)
-    assert beyond(found, tolerance(recorded["run"])) == []
+    lines = beyond(found, tolerance(recorded["run"]))
+    assert not lines, "\n".join(lines)
