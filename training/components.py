@@ -5,6 +5,7 @@ All of it can be built on the meta device too, from configurations alone: tensor
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,7 +228,7 @@ def _as_user_errors() -> Iterator[None]:
 def _build_vlm(config: TrainingConfig, images: Images, saved: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the VLM and its tokenizer from ``vlm.path`` or the run's model folder, or build the tiny one."""
     if config.vlm.path is not None:
-        dtype = torch.float32 if config.model["variant"] == "blend" else compute_dtype(config)
+        dtype = torch.float32 if config.model.variant == "blend" else compute_dtype(config)
         return load_vlm(config.vlm.path, dtype=dtype)
     if (saved / PIPELINE_FILE).is_file() and (saved / VLM_FOLDER).is_dir():
         # Not built again from its seed: another version of torch might draw other weights.
@@ -242,7 +243,7 @@ def _build_vlm(config: TrainingConfig, images: Images, saved: Path) -> tuple[Pre
 
 def _build_codec(config: TrainingConfig, image_channels: int, *, meta: bool = False) -> LatentCodec:
     """Load the codec and refuse images that it does not take, before a VLM is loaded."""
-    arguments: dict[str, Any] = vars(config.codec) | {"image_channels": image_channels}
+    arguments: dict[str, Any] = asdict(config.codec) | {"image_channels": image_channels}
     if meta:
         path, _ = apply_preset(config.codec.preset, config.codec.path, config.codec.scaling_factor)
         arguments["path"] = path and _configuration_source(path)
@@ -266,7 +267,7 @@ def _make_model_config(config: TrainingConfig, vlm_config: PretrainedConfig, cod
         vlm_config=vlm_config,
         latent_channels=codec.latent_channels,
         latent_size=codec.latent_size(config.data.resolution),
-        **config.model,
+        **asdict(config.model),
     )
     check_tensor_parallel(model_config.text_config, config.tensor_parallel)
     if model_config.attention_spec().backend == "flash" and config.precision != "bf16":
@@ -285,7 +286,7 @@ def _make_pipeline_config(config: TrainingConfig, images: Images) -> PipelineCon
         null_prompt=config.data.null_prompt,
         max_prompt_tokens=config.data.max_prompt_tokens,
         class_names=images.class_names,
-        codec=vars(config.codec) | {"image_channels": images.image_channels},
+        codec=asdict(config.codec) | {"image_channels": images.image_channels},
         vlm_path=str(Path(path).resolve()) if path is not None and Path(path).is_dir() else path,
         vlm_fingerprint=None if path is None else fingerprint(checkpoint_folder(path)),
     )

@@ -228,10 +228,10 @@ def count_context(
     Raises:
         UserError: when the context does not fit into the memory that the configuration gives it.
     """
-    if config.model["variant"] == "blend":
+    if config.model.variant == "blend":
         return ContextCount()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        context = encode_context(vlm, inputs, config.model["context_projection"])
+        context = encode_context(vlm, inputs, config.model.context_projection)
     num_prompts = len(inputs["input_ids"])
     bytes_per_prompt = context.num_bytes // num_prompts
     kept = context_capacity(
@@ -341,7 +341,7 @@ def format_table(config: TrainingConfig, result: DryRun, assumed: Assumptions) -
     gpus = layout.world_size * config.tensor_parallel
     tensor = f", tensor_parallel {config.tensor_parallel}" if config.tensor_parallel > 1 else ""
     whom = "GPUs" if config.tensor_parallel == 1 else f"sets of {config.tensor_parallel} GPUs"
-    shares = 1 if config.groups_per_sample == "all" else config.model["num_groups"]
+    shares = 1 if config.groups_per_sample == "all" else config.model.num_groups
     samples = config.max_steps * config.global_batch_size
     lines = [
         "parameters",

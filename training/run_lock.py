@@ -73,8 +73,8 @@ class RunLock:
             stream.close()
             return self._take()
         stream.truncate(0)
-        holder = {"host": os.uname().nodename, "pid": os.getpid(), "slurm_job": os.environ.get("SLURM_JOB_ID")}
-        stream.write(json.dumps(holder) + "\n")
+        mine = {"host": os.uname().nodename, "pid": os.getpid(), "slurm_job": os.environ.get("SLURM_JOB_ID")}
+        stream.write(json.dumps(mine) + "\n")
         stream.flush()
         self._stream = stream
         return None
