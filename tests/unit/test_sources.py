@@ -1,8 +1,8 @@
 """Image sources: each layout gives the same pictures in a defined order, broken ones are counted, errors name the field."""
 
+import hashlib
 import io
 import json
-import sys
 import tarfile
 
 import datasets
@@ -13,7 +13,7 @@ from PIL import Image
 
 from latte_flow.model.images import to_uint8
 from latte_flow.training.configs.fields import DataConfig
-from latte_flow.training.data.class_names import imagenet_names
+from latte_flow.training.data.class_names import imagenet_names, resolve_class_names
 from latte_flow.training.data.datasets import load_image_dataset
 from latte_flow.training.data.images import BrokenImageError, center_crop, decode_image
 from latte_flow.training.data.sources import detect_dataset
@@ -137,18 +137,6 @@ def test_webdataset_classes_are_named_by_a_file(tmp_path):
 # --- class names -----------------------------------------------------------------------------------------------------------
 
 
-def install_torchvision(folder, monkeypatch, count=1000):
-    """Put a package like torchvision on the path that cannot be imported, as next to a torch that it was not built for."""
-    (folder / "torchvision" / "models").mkdir(parents=True)
-    (folder / "torchvision" / "__init__.py").write_text(
-        "raise RuntimeError('operator torchvision::nms does not exist')"
-    )
-    names = [f"name {i}" for i in range(count)]
-    (folder / "torchvision" / "models" / "_meta.py").write_text(f"_IMAGENET_CATEGORIES = {names!r}\n")
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-
-
 WNIDS = [f"n{i:08d}" for i in range(1000)]
 
 
@@ -157,27 +145,29 @@ def imagenet(tmp_path_factory):
     return write_folders(tmp_path_factory.mktemp("imagenet") / "train", WNIDS, each=1)
 
 
-def test_imagenet_folders_get_torchvisions_names_though_it_cannot_be_imported(imagenet, tmp_path, monkeypatch):
-    install_torchvision(tmp_path, monkeypatch)
+def test_imagenet_folders_get_imagenets_names(imagenet, caplog):
     images = load_image_dataset(config("imagefolder", imagenet))
-    assert images.class_names == [f"name {i}" for i in range(1000)]
-    assert images.prompts[images.prompt_rows[417]] == "Generate an image of name 417."
+    assert images.class_names == imagenet_names()
+    assert images.prompts[images.prompt_rows[417]] == "Generate an image of balloon."
+    assert not caplog.records
 
 
-def test_imagenet_folders_without_torchvision_fall_back_to_their_names_and_say_so(imagenet, monkeypatch, caplog):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    images = load_image_dataset(config("imagefolder", imagenet))
-    assert images.class_names == WNIDS
-    assert len(caplog.records) == 1
-    assert "torchvision" in caplog.text
-    with pytest.raises(UserError, match=r"data\.class_names: imagenet-1k takes the names from torchvision"):
-        load_image_dataset(config("imagefolder", imagenet, class_names="imagenet-1k"))
+def test_imagenets_names_are_torchvisions():
+    """The list in torchvision 0.29.1's weight metadata, joined by line ends."""
+    names = imagenet_names()
+    assert len(set(names)) == 1000
+    assert (names[0], names[134], names[517], names[999]) == ("tench", "crane bird", "crane", "toilet tissue")
+    assert hashlib.sha256("\n".join(names).encode()).hexdigest() == (
+        "0b0f9fee7c952f257418d62aa701f023a9da13b443a14f5c4291e5724d92967c"
+    )
 
 
-def test_names_of_another_torchvision_are_refused(tmp_path, monkeypatch):
-    install_torchvision(tmp_path, monkeypatch, count=10)
-    with pytest.raises(UserError, match=r"data\.class_names: no 1000 ImageNet names"):
-        imagenet_names()
+def test_imagenets_names_can_be_asked_for_and_need_1000_classes():
+    numbers = [str(i) for i in range(1000)]
+    assert resolve_class_names("imagenet-1k", numbers) == imagenet_names()
+    assert resolve_class_names(None, numbers) == numbers
+    with pytest.raises(UserError, match=r"data\.class_names: imagenet-1k has 1000 classes, the data has 2"):
+        resolve_class_names("imagenet-1k", ["cat", "dog"])
 
 
 def test_a_subset_of_imagenet_takes_its_names_from_the_synset_file(tmp_path, caplog):
