@@ -1,5 +1,6 @@
 """The parts of a run: the VLM, its tokenizer, the codec, the network's configuration, and the optimizer's parameter groups."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -72,10 +73,13 @@ def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
                 tokenizer = AutoTokenizer.from_pretrained(saved / TOKENIZER_FOLDER)
             vlm = build_tiny_vlm(vlm_config, config.vlm.tiny.seed)
         else:
-            vlm_dtype = torch.float32 if config.model["variant"] == "blend" else dtype
+            vlm_dtype = torch.float32 if config.model.variant == "blend" else dtype
             vlm, tokenizer = load_vlm(config.vlm.path, dtype=vlm_dtype)
         model_config = LatteFlowConfig(
-            vlm_config=vlm.config, latent_channels=codec.latent_channels, latent_size=latent_size, **config.model
+            vlm_config=vlm.config,
+            latent_channels=codec.latent_channels,
+            latent_size=latent_size,
+            **asdict(config.model),
         )
         check_tensor_parallel(model_config.text_config, config.tensor_parallel)
         if model_config.attention_spec().backend == "flash" and config.precision != "bf16":

@@ -6,7 +6,7 @@ graph count the bytes kept for the backward pass.
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from latte_flow.model.flow_matching import flow_matching_loss
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.partition import check_tensor_parallel, partition_dim
 from latte_flow.training.components import tiny_vlm_parts
-from latte_flow.training.configs.deepspeed import load_deepspeed_config
+from latte_flow.training.configs.deepspeed import deepspeed_file, load_deepspeed_config
 from latte_flow.training.configs.fields import Assumptions, TrainingConfig
 from latte_flow.training.data.context_cache import context_capacity
 from latte_flow.training.data.datasets import load_image_dataset
@@ -242,7 +242,7 @@ def _linears_of_one_rank(network: nn.Module, tensor_parallel: int) -> dict[str, 
 
 def _zero_settings(config: TrainingConfig) -> dict:
     """Read of DeepSpeed's configuration what decides memory."""
-    zero = json.loads(Path(config.deepspeed).read_text()).get("zero_optimization", {})
+    zero = json.loads(deepspeed_file(config).read_text()).get("zero_optimization", {})
     return {
         "stage": zero.get("stage", 0),
         "overlap": zero.get("overlap_comm", False),
@@ -265,7 +265,7 @@ def format_table(config: TrainingConfig, result: DryRun, assumed: Assumptions) -
     lines += ["", "floating-point operations a sample"]
     lines += [f"  {name:<48} {value / 1e9:>12,.2f} GFLOP" for name, value in result.flops.items()]
     samples = config.max_steps * config.global_batch_size
-    shares = 1 if config.groups_per_sample == "all" else config.model["num_groups"]
+    shares = 1 if config.groups_per_sample == "all" else config.model.num_groups
     whom = "GPUs" if config.tensor_parallel == 1 else f"sets of {config.tensor_parallel} GPUs"
     lines += [
         "",
@@ -305,7 +305,7 @@ def dry_run(config: TrainingConfig, assumed: Assumptions) -> DryRun:
             vlm_config=vlm.config,
             latent_channels=codec.latent_channels,
             latent_size=codec.latent_size(config.data.resolution),
-            **config.model,
+            **asdict(config.model),
         )
         check_tensor_parallel(model_config.text_config, config.tensor_parallel)
     except ValueError as error:

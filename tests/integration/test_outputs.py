@@ -47,7 +47,7 @@ def test_the_saved_configuration_is_the_whole_run(launched):
     assert config.deepspeed == "ds_configs/zero2.json"
     assert (config.max_steps, config.global_batch_size, config.vlm.tiny.hidden_size) == (STEPS, 32, 32)
     assert config.optimizer.lr == 2e-3  # of the preset
-    assert config.model["residual_source"] == "raw"  # nobody set it
+    assert config.model.residual_source == "raw"  # nobody set it
 
 
 @pytest.mark.parametrize(("ranks", "precision"), [(1, "fp32"), (2, "bf16")])

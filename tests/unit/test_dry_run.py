@@ -1,5 +1,6 @@
 """The dry run counts what the real run has: against the built model, the paper's arithmetic, and measured memory."""
 
+import dataclasses
 import gc
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def test_presets_describe_a_network_and_a_batch_for_8_gpus(preset):
     config = parse_config(["--config", str(preset)])
     vlm_config = AutoConfig.from_pretrained("training/configs/backbones/qwen2_vl_2b")
     side = config.data.resolution // 32
-    network = LatteFlowConfig(vlm_config=vlm_config, latent_size=(side, side), **config.model)
+    network = LatteFlowConfig(vlm_config=vlm_config, latent_size=(side, side), **dataclasses.asdict(config.model))
     layout = make_batch_layout(config, num_groups=network.num_groups, world_size=8, rank=0)
     load_deepspeed_config(config, layout)
     assert network.num_image_tokens == side**2
