@@ -7,7 +7,6 @@ graph count the bytes kept for the backward pass.
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from latte_flow.model.flow_matching import flow_matching_loss
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.partition import partition_dim
 from latte_flow.training.components import MetaComponents, build_meta_components, compute_dtype
-from latte_flow.training.configs.deepspeed import load_deepspeed_config
+from latte_flow.training.configs.deepspeed import deepspeed_file, load_deepspeed_config
 from latte_flow.training.configs.fields import Assumptions, TrainingConfig
 from latte_flow.training.data.context_cache import context_capacity
 from latte_flow.training.distributed.batch_layout import BatchLayout, make_batch_layout
@@ -311,7 +310,7 @@ def count_memory(
 
 def _zero_settings(config: TrainingConfig) -> dict[str, Any]:
     """Read of DeepSpeed's configuration what decides memory; buckets: how many numbers they hold."""
-    zero = json.loads(Path(config.deepspeed).read_text()).get("zero_optimization", {})
+    zero = json.loads(deepspeed_file(config).read_text()).get("zero_optimization", {})
     buckets = zero.get("reduce_bucket_size", 5e8) * (2 if zero.get("overlap_comm", False) else 1)
     return {"stage": zero.get("stage", 0), "buckets": buckets, "offload": bool(zero.get("offload_optimizer"))}
 
