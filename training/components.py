@@ -16,11 +16,11 @@ from latte_flow.model.backbone import (
 from latte_flow.model.codecs import load_codec
 from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.partition import check_tensor_parallel
-from latte_flow.model.pipeline import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, PipelineConfig
+from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, PipelineConfig
 from latte_flow.training.configs.fields import TrainingConfig
 from latte_flow.training.data.datasets import ImageDataset
 from latte_flow.training.data.latents.dataset import LatentDataset
-from latte_flow.training.errors import UserError
+from latte_flow.training.errors import UserError, naming
 
 
 def tiny_vlm_parts(config: TrainingConfig, images: ImageDataset):
@@ -54,17 +54,20 @@ def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
         "patch": config.codec.patch,
     }
     try:
-        codec = load_codec(**codec_arguments, dtype=dtype)
+        with naming("codec"):
+            codec = load_codec(**codec_arguments, dtype=dtype)
         if codec.image_channels != images.image_channels:
             raise UserError(
                 f"codec: takes {codec.image_channels} image channels, data.dataset {images.name} has {images.image_channels}"
             )
-        latent_size = codec.latent_size(config.data.resolution)
+        with naming("data"):
+            latent_size = codec.latent_size(config.data.resolution)
         if isinstance(images, LatentDataset):
             images.check_codec(codec)
         if config.vlm.path is None and (saved / PIPELINE_FILE).is_file() and (saved / VLM_FOLDER).is_dir():
             # Not built again from its seed: another version of torch might draw other weights.
-            vlm, tokenizer = load_vlm(saved / VLM_FOLDER, dtype=torch.float32, tokenizer_path=saved / TOKENIZER_FOLDER)
+            with naming("vlm"):
+                vlm, tokenizer = load_vlm(saved / VLM_FOLDER, torch.float32, saved / TOKENIZER_FOLDER)
         elif config.vlm.path is None:
             vlm_config, tokenizer = tiny_vlm_parts(config, images)
             if (saved / PIPELINE_FILE).is_file():  # of a Blend, whose VLM is part of its weights
@@ -73,7 +76,8 @@ def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
             vlm = build_tiny_vlm(vlm_config, config.vlm.tiny.seed)
         else:
             vlm_dtype = torch.float32 if config.model["variant"] == "blend" else dtype
-            vlm, tokenizer = load_vlm(config.vlm.path, dtype=vlm_dtype)
+            with naming("vlm"):
+                vlm, tokenizer = load_vlm(config.vlm.path, dtype=vlm_dtype)
         model_config = LatteFlowConfig(
             vlm_config=vlm.config, latent_channels=codec.latent_channels, latent_size=latent_size, **config.model
         )

@@ -28,7 +28,7 @@ from latte_flow.training.data.context_cache import context_capacity
 from latte_flow.training.data.datasets import load_image_dataset
 from latte_flow.training.distributed.batch_layout import BatchLayout, make_batch_layout
 from latte_flow.training.distributed.ranks import data_parallel_size
-from latte_flow.training.errors import UserError
+from latte_flow.training.errors import UserError, naming
 
 GIB = 2**30
 OPTIMIZER_BYTES = 16
@@ -109,14 +109,15 @@ def meta_codec(config: TrainingConfig, image_channels: int) -> LatentCodec:
     """Build the codec on the meta device from its configuration alone."""
     if config.codec.kind == "pixel":
         return PixelCodec(image_channels, config.codec.patch)
-    path, scaling_factor = apply_preset(config.codec.preset, config.codec.path, config.codec.scaling_factor)
+    with naming("codec"):
+        path, scaling_factor = apply_preset(config.codec.preset, config.codec.path, config.codec.scaling_factor)
     if path is None:
         raise UserError("codec.path: missing; kind dc-ae needs a folder or hub id of a diffusers AutoencoderDC")
     try:
         settings = AutoencoderDC.load_config(configuration_source(path))
     except OSError as error:
         raise UserError(f"codec.path: cannot read the configuration at {path}: {error}") from error
-    with torch.device("meta"):
+    with torch.device("meta"), naming("codec"):
         return DCAECodec(AutoencoderDC.from_config(settings), scaling_factor)
 
 

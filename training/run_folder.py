@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latte_flow.model.backbone import build_tiny_image_processor, load_image_processor
-from latte_flow.model.pipeline import PIPELINE_FILE, LatteFlowPipeline
+from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.training.checkpoint.formats.source import EXPORT_FILE, read_export_record
 from latte_flow.training.checkpoint.formats.universal import UniversalSource
 from latte_flow.training.checkpoint.manifest import (
@@ -14,6 +14,7 @@ from latte_flow.training.checkpoint.manifest import (
     list_checkpoints,
     named_checkpoints,
 )
+from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE, PipelineConfig, save_components
 from latte_flow.training.configs.fields import RESUME_AUTO, RESUME_NEVER, TrainingConfig
 from latte_flow.training.configs.saved import CONFIG_FILE, differences, load_config, save_config
 from latte_flow.training.durable import PARTIAL
@@ -137,21 +138,21 @@ def _find_export(path: Path) -> Origin | None:
     return Origin(path / CONFIG_FILE, path, [path], exported=True)
 
 
-def write_components(config: TrainingConfig, pipeline: LatteFlowPipeline) -> None:
+def write_components(
+    config: TrainingConfig, network: LatteFlowConfig, pipeline_config: PipelineConfig, *, vlm, tokenizer
+) -> None:
     """Make the output_dir of a new run complete in itself: its configuration, and the model folder without weights.
 
     Args:
         config: the run.
-        pipeline: of the run; its image processor is loaded here, where it is needed.
+        network, pipeline_config, vlm, tokenizer: of the run; the image processor is loaded here, where it is needed.
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / CONFIG_FILE).exists():
         save_config(config, folder / CONFIG_FILE)
-    # pipeline.json is written last: without it the folder is incomplete.
     if not (folder / MODEL_FOLDER / PIPELINE_FILE).exists():
         path = config.vlm.path
-        pipeline.image_processor = (
-            load_image_processor(path) if path else build_tiny_image_processor(pipeline.vlm.config)
-        )
-        pipeline.save_components(folder / MODEL_FOLDER)
+        image_processor = load_image_processor(path) if path else build_tiny_image_processor(vlm.config)
+        parts = {"tokenizer": tokenizer, "image_processor": image_processor, "vlm": vlm}
+        save_components(folder / MODEL_FOLDER, network, pipeline_config, **parts)

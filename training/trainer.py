@@ -20,10 +20,9 @@ from latte_flow.model.context import tokenize_prompts, truncate_prompts
 from latte_flow.model.flow_matching import flow_matching_loss, interpolate
 from latte_flow.model.images import to_pil
 from latte_flow.model.latte_flow import LatteFlowModel
-from latte_flow.model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from latte_flow.training.checkpoint.formats.source import read_export_record
-from latte_flow.training.checkpoint.initial_weights import find_initial_weights, load_initial_weights
 from latte_flow.training.checkpoint.manifest import CHECKPOINTS_FOLDER, MODEL_FOLDER, read_manifest, step_name
+from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE
 from latte_flow.training.checkpoint.store import CheckpointStore, newest_valid
 from latte_flow.training.components import build_components
 from latte_flow.training.configs.deepspeed import load_deepspeed_config
@@ -43,6 +42,7 @@ from latte_flow.training.distributed.batch_layout import make_batch_layout
 from latte_flow.training.distributed.ranks import arrange_ranks
 from latte_flow.training.distributed.zero import mark_universal
 from latte_flow.training.errors import UserError
+from latte_flow.training.initial_weights import find_initial_weights, load_initial_weights
 from latte_flow.training.monitor.health import StepHealth
 from latte_flow.training.monitor.metrics import LossMeter, MetricsWriter, expert_gradient_norms
 from latte_flow.training.monitor.preemption import StopRequest
@@ -127,9 +127,7 @@ class Trainer:
             self.prompt_inputs = {name: t.to(self.device) for name, t in tokens.items()}
         dist.barrier()  # nobody writes before all have read what the run has
         if self.rank == 0:
-            pipeline = LatteFlowPipeline(model, vlm, self.tokenizer, self.codec, pipeline_config)
-            write_components(config, pipeline)
-            model.train()
+            write_components(config, model.config, pipeline_config, vlm=vlm, tokenizer=self.tokenizer)
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config, mpu=self.ranks.mpu
         )

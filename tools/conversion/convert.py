@@ -10,7 +10,6 @@ import torch
 from latte_flow.model.configuration import LatteFlowConfig, load_network_config
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.partition import check_tensor_parallel
-from latte_flow.model.pipeline import PIPELINE_FILE
 from latte_flow.tools.conversion.output_folder import check_output, make_partial_folder, replace
 from latte_flow.tools.conversion.qwen2_vl import compare_qwen2_vl, write_qwen2_vl
 from latte_flow.training.checkpoint.formats.matching import MatchedSource
@@ -21,6 +20,7 @@ from latte_flow.training.checkpoint.formats.torch_dcp import write_dcp, write_me
 from latte_flow.training.checkpoint.formats.torch_files import write_megatron_ranks, write_torch_file
 from latte_flow.training.checkpoint.formats.universal import write_universal
 from latte_flow.training.checkpoint.manifest import describe_file
+from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE
 from latte_flow.training.checkpoint.opening import OpenedCheckpoint, open_checkpoint
 from latte_flow.training.durable import sync_folder, write_synced
 from latte_flow.training.errors import UserError
