@@ -98,6 +98,8 @@ setup_accelerator() {
     fi
     [ "${DS_ACCELERATOR:-}" = cpu ] || say "no GPU found: using the CPU"
     export DS_ACCELERATOR=cpu
+    # OpenMP threads that wait for the others sleep. By default they spin, and take the core from the thread they wait for.
+    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
     command -v g++ >/dev/null || fail "g++ not found; DeepSpeed on the CPU compiles an operator (Debian: apt-get install g++)"
 }
 

@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
 # Set up, check the style, and run the tests: bash launch/run_tests.sh [pytest arguments].
 #
-# The first start installs the environment (about 2 minutes). Tests that need a GPU are skipped with a reason where there is none.
+#   bash launch/run_tests.sh                  everything
+#   bash launch/run_tests.sh -m "not slow"    what starts no processes and trains nothing
+#
+# The first start installs the environment (about 2 minutes). Tests that need a GPU are skipped with a reason where there is none,
+# and those that need SLURM where it is not installed; as root, LATTE_FLOW_INSTALL_SLURM=1 installs it (Debian).
 # LATTE_FLOW_TEST_PROCESSES=N runs N test files at a time (default 2; 0: all in one process, for a debugger).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -10,4 +14,5 @@ setup_accelerator
 
 ruff check .
 ruff format --check .
-exec python -m pytest --numprocesses "${LATTE_FLOW_TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest --numprocesses "${LATTE_FLOW_TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder \
+    --durations=15 "$@"

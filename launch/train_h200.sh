@@ -57,14 +57,15 @@ output_dir=$(
     python - "${arguments[@]}" <<'PYTHON' | tail -n 1
 import sys
 
-from training.command_line import parse_config
-from training.errors import exit_code
+from latte_flow.training.configs.parser import parse_config
+from latte_flow.training.errors import exit_code
 
 sys.exit(exit_code(lambda: print(parse_config().output_dir)))
 PYTHON
 )
-# Left by an earlier start that was killed; they would stop or requeue this one.
-rm -f "$output_dir/stop" "$output_dir/requeue"
+# Requests from before now were meant for an earlier start, and are removed once the run has the folder to itself.
+LATTE_FLOW_REQUESTS_SINCE=$(date +%s)
+export LATTE_FLOW_REQUESTS_SINCE
 
 # The ranks look for the stop file after every step (training/monitor/preemption.py).
 # shellcheck disable=SC2317 # called by a trap in slurm_common.sh
@@ -76,8 +77,8 @@ on_signal() {
 status=0
 run_on_all_ranks training/main.py "${arguments[@]}" || status=$?
 
-# The marker, not the status: srun and torchrun put their own in its place.
-if [ -f "$output_dir/requeue" ] && [ "$cancelled" = no ]; then
+# The marker, not the status: srun and torchrun put their own in its place. It names the job that is to be started again.
+if [ "$(cat "$output_dir/requeue" 2>/dev/null)" = "$SLURM_JOB_ID" ] && [ "$cancelled" = no ]; then
     requeue
 fi
 if [ "$cancelled" = yes ]; then

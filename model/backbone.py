@@ -15,6 +15,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLImageProcessorPil,
@@ -121,6 +122,25 @@ def build_tiny_vlm(config: Qwen2VLConfig, seed: int) -> Qwen2VL:
         return Qwen2VL(config).eval()
 
 
+def read_vlm_config(path: str | Path) -> PretrainedConfig:
+    """Read the configuration of a VLM from a folder or a hub id.
+
+    Raises:
+        ValueError: when the path is a folder without config.json, or holds another kind of model.
+    """
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"path: {path} has no config.json; accepted: a folder written by save_pretrained, or a hub id")
+    if Path(path).is_absolute() and not Path(path).exists():  # transformers would ask the hub for it
+        raise ValueError(f"path: {path} not found; accepted: a folder written by save_pretrained, or a hub id")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:  # ValueError: a model_type that transformers does not know
+        raise ValueError(f"path: cannot load {path}: {error}") from error
+    if config.model_type not in MODEL_TYPES:
+        raise ValueError(f"path: {path} holds a {config.model_type}; accepted: {', '.join(MODEL_TYPES)}")
+    return config
+
+
 def load_vlm(
     path: str | Path,
     dtype: torch.dtype | None = None,
@@ -141,14 +161,8 @@ def load_vlm(
     Raises:
         ValueError: when the path is a folder without config.json, holds another kind of model, or another VLM than expected.
     """
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"path: {path} has no config.json; accepted: a folder written by save_pretrained, or a hub id")
-    if Path(path).is_absolute() and not Path(path).exists():  # transformers would ask the hub for it
-        raise ValueError(f"path: {path} not found; accepted: a folder written by save_pretrained, or a hub id")
+    read_vlm_config(path)  # refuses what is no VLM, before any weights are read
     try:
-        kind = AutoConfig.from_pretrained(path).model_type
-        if kind not in MODEL_TYPES:
-            raise ValueError(f"path: {path} holds a {kind}; accepted: {', '.join(MODEL_TYPES)}")
         vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype or "auto")
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or path)
     except OSError as error:

@@ -195,10 +195,8 @@ class DCAECodec(LatentCodec):
         Raises:
             ValueError: when it is missing, damaged, another model's, or lacks weights.
         """
+        _read_settings(path)
         try:
-            found = AutoencoderDC.load_config(path).get("_class_name")
-            if found != AutoencoderDC.__name__:
-                raise ValueError(f"it holds a {found}; accepted: an {AutoencoderDC.__name__}")
             autoencoder, report = AutoencoderDC.from_pretrained(
                 path, torch_dtype=torch_dtype or torch.float32, output_loading_info=True, **kwargs
             )
@@ -243,6 +241,7 @@ def load_codec(
     image_channels: int = 3,
     patch: int = 1,
     dtype: torch.dtype | None = None,
+    meta: bool = False,
 ) -> LatentCodec:
     """Build a codec.
 
@@ -254,6 +253,7 @@ def load_codec(
         image_channels: c, for ``pixel``.
         patch: side of a latent position in pixels, for ``pixel``.
         dtype: type of the autoencoder's weights; None for float32.
+        meta: build it on the meta device, in float32: of the checkpoint only its config.json is read.
 
     Raises:
         ValueError: when the kind is unknown, or the checkpoint is missing or another model's.
@@ -268,4 +268,23 @@ def load_codec(
             "path: missing; kind dc-ae needs a folder or hub id of a diffusers AutoencoderDC, or a preset "
             f"({', '.join(PRESETS)})"
         )
+    if meta:
+        with torch.device("meta"):
+            return DCAECodec(AutoencoderDC.from_config(_read_settings(path)), scaling_factor)
     return DCAECodec.from_pretrained(path, scaling_factor=scaling_factor, torch_dtype=dtype)
+
+
+def _read_settings(path: str | Path) -> dict:
+    """Return the configuration of an AutoencoderDC.
+
+    Raises:
+        ValueError: when there is none, or it is of another model.
+    """
+    try:
+        settings = AutoencoderDC.load_config(path)
+    except OSError as error:
+        raise ValueError(f"path: cannot load {path}: {error}") from error
+    if settings.get("_class_name") != AutoencoderDC.__name__:
+        found = settings.get("_class_name")
+        raise ValueError(f"path: cannot load {path}: it holds a {found}; accepted: an {AutoencoderDC.__name__}")
+    return settings

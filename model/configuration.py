@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -64,7 +65,7 @@ class LatteFlowConfig(PretrainedConfig):
         vlm_config=None,
         *,
         variant: Literal["couple", "blend"] = "couple",
-        shared_modules: list[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+        shared_modules: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
         num_groups: int = 4,
         timestep_overlap: float = 100.0,
         timestep_boundaries: list[float] | None = None,

@@ -99,9 +99,10 @@ class Context:
         """Put the prompts of another context, as long as these, into some rows of this one, in place."""
         for layer, state in self.states.items():
             source = other.states[layer]
-            pairs = zip(state, source, strict=True) if isinstance(state, tuple) else ((state, source),)
-            for mine, theirs in pairs:
-                mine[rows] = theirs
+            mine = state if isinstance(state, tuple) else (state,)
+            theirs = source if isinstance(source, tuple) else (source,)
+            for target, values in zip(mine, theirs, strict=True):
+                target[rows] = values
         self.mask[rows] = other.mask
         self.position_ids[:, rows] = other.position_ids
 
@@ -164,17 +165,19 @@ def select_prompts(prompt_inputs: Mapping[str, Tensor], rows: Tensor) -> tuple[M
     return {name: tokens[rows] for name, tokens in prompt_inputs.items()}, torch.arange(len(rows), device=rows.device)
 
 
-def encode_context(vlm, inputs: Mapping[str, Tensor], projection: str, layers: Iterable[int] | None = None) -> Context:
+def encode_context(
+    vlm, prompt_inputs: Mapping[str, Tensor], projection: str, layers: Iterable[int] | None = None
+) -> Context:
     """Run the VLM once over tokenized prompts and keep what the generation layers read. Differentiable.
 
     Args:
         vlm: a transformers Qwen2VLForConditionalGeneration.
-        inputs: what its processor returns: input_ids [P, S], attention_mask [P, S], and for prompts with pictures pixel_values,
-            image_grid_thw and mm_token_type_ids.
+        prompt_inputs: what its processor returns: input_ids [P, S], attention_mask [P, S], and for prompts with pictures
+            pixel_values, image_grid_thw and mm_token_type_ids.
         projection: ``generation`` or ``vlm`` (LatteFlowConfig.context_projection).
         layers: the layers to keep; None for all.
     """
-    inputs = dict(inputs)
+    inputs: dict = dict(prompt_inputs)
     mask = inputs["attention_mask"].bool()
     if inputs.get("image_grid_thw") is not None:
         position_ids, _ = vlm.model.get_rope_index(

@@ -53,12 +53,12 @@ class LayerConditioning:
 
 def set_initial_std(linear: nn.Linear, std: float, bias_std: float = 0.0) -> nn.Linear:
     """Have LatteFlowModel initialise a linear's weight as N(0, std^2), its bias as N(0, bias_std^2) (its ``_init_weights``)."""
-    linear.initial_std = std, bias_std
+    linear.initial_std = std, bias_std  # type: ignore[assignment]  # torch types attributes as parameters or modules
     return linear
 
 
 def _modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    return x if shift is None else (1 + scale) * x + shift
+    return x if shift is None or scale is None else (1 + scale) * x + shift
 
 
 class GenerationLayer(nn.Module):
@@ -82,12 +82,14 @@ class GenerationLayer(nn.Module):
         self.modulation_kind = config.modulation
         # Shared submodules belong to the VLM: a plain dict keeps them out of this module's parameters and state dict, so
         # that every weight has one name and is saved once.
-        self._shared = {}
+        self._shared: dict[str, nn.Module] = {}
         for name, path in VLM_PATHS.items():
             if vlm_layer is not None and name in config.shared_modules:
                 self._shared[name] = vlm_layer.get_submodule(path)
             else:
                 self.add_module(name, _make_submodule(name, text))
+        self.attention_post_norm: nn.Module
+        self.mlp_post_norm: nn.Module
         if config.post_norm:
             self.attention_post_norm = Qwen2VLRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
             self.mlp_post_norm = Qwen2VLRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
@@ -96,7 +98,7 @@ class GenerationLayer(nn.Module):
         vectors = {"four": 4, "six": 6}[config.modulation]
         # Zero: a new layer is the identity, and its attention plain (section 4).
         self.modulation = set_initial_std(nn.Linear(text.hidden_size, vectors * text.hidden_size), 0.0)
-        self.residual_gate = None
+        self.residual_gate: nn.Linear | None = None
         if config.residual_attention and not config.timestep_experts().is_first_in_group(layer_idx):
             gate = nn.Linear(text.hidden_size, text.num_attention_heads, bias=False)
             self.residual_gate = set_initial_std(gate, 0.0)
@@ -118,7 +120,7 @@ class GenerationLayer(nn.Module):
 
     def part(self, name: str) -> nn.Module:
         """Return a submodule by its name in VLM_PATHS, the layer's own or the one it shares."""
-        return self._shared[name] if name in self._shared else self._modules[name]
+        return self._shared[name] if name in self._shared else self.get_submodule(name)
 
     def condition(self, time_embedding: Tensor) -> LayerConditioning:
         """Return the modulation vectors and the residual gate g(t) = tanh(h_t W_t) (Eq. 3) of a time embedding h_t [B, D]."""

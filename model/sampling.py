@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from latte_flow.model.context import Context
-from latte_flow.model.flow_matching import time_to_timestep
+from latte_flow.model.flow_matching import NUM_TRAIN_TIMESTEPS
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.randomness import Stream, standard_normal
 
@@ -125,7 +125,7 @@ def sample_latents(
     key_values = model.project_context(context)
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        tau = time_to_timestep(t)
+        tau = NUM_TRAIN_TIMESTEPS * (1.0 - t)
         group = model.experts.owner(tau)
         batch = torch.cat([x, x]) if guided else x
         timesteps = torch.full((len(batch),), tau, device=device)

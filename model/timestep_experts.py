@@ -7,7 +7,7 @@ boundaries, so that timesteps near a boundary are seen by both neighbours.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class TimestepExperts:
     num_groups: int
     overlap: float = 100.0
     boundaries: Sequence[float] | None = None
+    _bounds: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         if self.num_groups < 1 or self.num_layers % self.num_groups:
@@ -51,11 +52,10 @@ class TimestepExperts:
                 f"num_groups: {self.num_groups} does not divide the {self.num_layers} layers of the model; "
                 f"accepted values: {', '.join(map(str, divisors))}"
             )
-        if self.boundaries is None:
-            object.__setattr__(self, "boundaries", tuple(uniform_boundaries(self.num_groups)))
-        else:
-            object.__setattr__(self, "boundaries", tuple(float(b) for b in self.boundaries))
-        bounds = self.boundaries
+        given = uniform_boundaries(self.num_groups) if self.boundaries is None else self.boundaries
+        object.__setattr__(self, "_bounds", tuple(float(b) for b in given))
+        object.__setattr__(self, "boundaries", self._bounds)
+        bounds = self._bounds
         expected = f"{self.num_groups + 1} numbers strictly descending from {NUM_TRAIN_TIMESTEPS} to 0"
         if len(bounds) != self.num_groups + 1 or bounds[0] != NUM_TRAIN_TIMESTEPS or bounds[-1] != 0:
             raise ValueError(f"timestep_boundaries: got {list(bounds)}; accepted: {expected}")
@@ -83,7 +83,7 @@ class TimestepExperts:
 
     def strict_interval(self, group: int) -> tuple[float, float]:
         """Return (high, low): at inference the group owns the timesteps low < tau <= high (the last group also tau = 0)."""
-        return self.boundaries[group], self.boundaries[group + 1]
+        return self._bounds[group], self._bounds[group + 1]
 
     def training_interval(self, group: int) -> tuple[float, float]:
         """Return (high, low): the strict interval widened by overlap / 2 at each inner boundary (Appendix B)."""
@@ -101,7 +101,7 @@ class TimestepExperts:
         """
         if not 0 <= tau <= NUM_TRAIN_TIMESTEPS:
             raise ValueError(f"tau: got {tau}; accepted: a timestep in [0, {NUM_TRAIN_TIMESTEPS}]")
-        return next(k for k in range(self.num_groups) if tau > self.boundaries[k + 1] or k == self.num_groups - 1)
+        return next(k for k in range(self.num_groups) if tau > self._bounds[k + 1] or k == self.num_groups - 1)
 
     def draw_timesteps(self, uniform: Tensor, group: Tensor) -> Tensor:
         """Map uniform draws to timesteps inside each sample's training interval (the stratified draw of section 3).

@@ -1,4 +1,6 @@
-"""Settings of every test: one torch thread, reproducible property tests, GPU tests only where there is a GPU."""
+"""Settings of every test: one torch thread, reproducible property tests, GPU tests only where there is a GPU, tests by tier."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +16,18 @@ settings.load_profile("reproducible")
 LONGEST = ("test_digits_quality.py", "test_fault_campaign.py", "slurm", "integration")
 """Files or folders that launch/run_tests.sh starts first, so that no process is left with one of them at the end."""
 
+SLOW_FOLDERS = {"integration", "slurm", "faults", "golden", "gpu"}
+"""Their tests start processes or train; unit tests that take seconds carry the mark themselves."""
+TESTS = Path(__file__).parent
+
 
 def pytest_collection_modifyitems(items):
     items.sort(
         key=lambda item: min([i for i, name in enumerate(LONGEST) if name in item.path.parts], default=len(LONGEST))
     )
+    for item in items:
+        if not SLOW_FOLDERS.isdisjoint(item.path.relative_to(TESTS).parts):
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is false")

@@ -38,7 +38,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of floating-point weights; default: as they are")
     parser.add_argument("--max_shard_size", help="of safetensors-sharded and qwen2-vl (default: 5GB)")
-    parser.add_argument("--tensor_parallel", type=int, default=1, metavar="N", help="ranks of megatron-tp (default: 1)")
+    parser.add_argument(
+        "--tensor_parallel", type=int, default=1, metavar="N", help="ranks of megatron-tp and megatron-gpt (default: 1)"
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="of a training output_dir (default: the newest)")
     which.add_argument("--tag", help="of a training output_dir or another folder of DeepSpeed's, such as step_0005000")

@@ -29,6 +29,7 @@ from latte_flow.training.data.latents.dataset import FORMAT, latent_columns
 from latte_flow.training.data.latents.writer import LatentWriter
 from latte_flow.training.data.sources import detect_dataset
 from latte_flow.training.errors import UserError, exit_code, naming
+from latte_flow.training.monitor.progress import hide_library_bars, progress_bar
 
 DEFAULT_PRESET = "dc-ae-f32c32-in-1.0"
 POLL_SECONDS = 0.2
@@ -70,6 +71,7 @@ def encode_latents(
         rank=rank,
         world_size=world_size,
     )
+    hide_library_bars()
     if dataset is None:
         dataset = "digits" if source == "digits" else detect_dataset(Path(source))
     elif dataset == "latents":
@@ -120,7 +122,7 @@ def encode_latents(
         if rank == 0:
             print(f"{output} is complete: {len(images)} images")
         return
-    with tqdm(total=len(images), unit="image", desc="encoding", disable=rank != 0, mininterval=1.0) as progress:
+    with progress_bar(total=len(images), unit="image", desc="encoding", disable=rank != 0, mininterval=1.0) as progress:
         _update(progress, writer)
         progress.initial = progress.n  # the rate is that of this start
         mine = [shard for shard in range(rank, writer.num_shards, world_size) if not writer.is_complete(shard)]

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from tqdm import tqdm
 
 from latte_flow.model.images import grid_scale, make_grid, to_pil
 from latte_flow.model.sampling import SOLVERS, image_seeds
 from latte_flow.training.checkpoint.opening import WEIGHTS, find_checkpoint, is_pipeline, load_pipeline
 from latte_flow.training.distributed.collectives import agree, gather
 from latte_flow.training.errors import UserError, exit_code
+from latte_flow.training.monitor.progress import hide_library_bars, progress_bar
 
 GRID_IMAGES = 100
 
@@ -71,6 +71,7 @@ def sample(
         dist.init_process_group("gloo", timeout=timedelta(hours=4))  # only lines of text are exchanged, at the end
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    hide_library_bars()
     path, verified = Path(checkpoint), False
     if world_size > 1 and not is_pipeline(path):
         path, verified = _find_together(path, rank), True
@@ -81,7 +82,7 @@ def sample(
     folder.mkdir(parents=True, exist_ok=True)
     batches = [range(first, min(first + batch_size, total)) for first in range(0, total, batch_size)][rank::world_size]
     lines = []
-    with tqdm(total=sum(map(len, batches)), unit="image", desc="sampling", disable=rank != 0) as progress:
+    with progress_bar(total=sum(map(len, batches)), unit="image", desc="sampling", disable=rank != 0) as progress:
         for numbers in batches:
             batch, first = [conditions[i % len(conditions)] for i in numbers], numbers[0]
             images = pipeline.generate(

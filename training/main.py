@@ -22,6 +22,7 @@ from latte_flow.training.distributed.ranks import start_alone_without_launcher
 from latte_flow.training.dry_run import dry_run, format_table
 from latte_flow.training.errors import exit_code
 from latte_flow.training.monitor.preemption import EXIT_STOPPED
+from latte_flow.training.monitor.progress import hide_library_bars
 from latte_flow.training.trainer import Trainer
 
 
@@ -41,6 +42,7 @@ def main() -> None:
     patience = command.config.health.patience
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = patience
     deepspeed.init_distributed(timeout=patience)
+    hide_library_bars()
     finished = Trainer(command.config).train()
     # Only here: after an error on one rank NCCL would wait, before the traceback is out, for others that wait in a collective.
     dist.destroy_process_group()

@@ -77,7 +77,7 @@ def die_while_starting() -> None:
 
 
 def measure_memory() -> None:
-    """Save the bytes that a rank holds after each step, by item of the dry run's table, as memory_R.json."""
+    """Save the bytes that a rank holds after each step, by item of dry_run.Memory, as memory_R.json."""
     train_step = Trainer.train_step
 
     def measuring(self, *args, **kwargs):
@@ -86,10 +86,8 @@ def measure_memory() -> None:
         states = [t for state in optimizer.optimizer.state.values() for t in state.values() if t.numel() > 1]
         held = {
             "weights": sum(p.nbytes for p in self.model.parameters()),
-            "optimizer (master weights, moments, average)": sum(
-                t.nbytes for t in (*optimizer.single_partition_of_fp32_groups, *states)
-            ),
-            "context cache": self.contexts.context.num_bytes,
+            "optimizer": sum(t.nbytes for t in (*optimizer.single_partition_of_fp32_groups, *states)),
+            "context_cache": self.contexts.context.num_bytes,
         }
         (Path(os.environ["HOOK_DIR"]) / f"memory_{self.rank}.json").write_text(json.dumps(held))
         return norms

@@ -14,9 +14,8 @@ from tests.slurm.cluster import Cluster, missing
 def cluster(tmp_path_factory):
     """Two nodes; skips with the reason where SLURM cannot be had."""
     with (tmp_path_factory.getbasetemp().parent / "slurm.lock").open("w") as lock:
-        fcntl.flock(
-            lock, fcntl.LOCK_EX
-        )  # launch/run_tests.sh runs two files at a time; they would install it at once, too
+        # launch/run_tests.sh runs two files at a time; they would install it at once, too.
+        fcntl.flock(lock, fcntl.LOCK_EX)
         reason = missing()
         if reason:
             pytest.skip(reason)

@@ -38,6 +38,7 @@ def folder(tokenizer, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_loaded_and_has_the_fingerprint_of_its_files(folder, tokenizer, tmp_path):
     """The hub's own cache on disk, without a network: what a compute node sees after a download on the login node."""
     repository = tmp_path / "models--latte--tiny-vlm"

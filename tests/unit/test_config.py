@@ -203,6 +203,7 @@ LOOKALIKES = ("null", "yes", "1e3", "0E0", "[1]", "{a: b}", "# no", " x ", "- 1"
 
 
 class TestFuzz:
+    @pytest.mark.slow
     @settings(max_examples=50, **FILES)
     @given(data=st.data())
     def test_a_changed_preset_is_a_configuration_or_a_user_error(self, tmp_path, data):

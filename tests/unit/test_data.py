@@ -133,6 +133,7 @@ class TestIndependenceOfTheLayout:
 
 
 class TestOrder:
+    @pytest.mark.slow
     @settings(max_examples=30)
     @given(epoch=st.integers(0, 1000), seed=st.integers(0, 2**64 - 1))
     def test_an_epoch_is_a_permutation_of_the_images(self, epoch, seed):

@@ -22,6 +22,8 @@ import torch
 from latte_flow.model.attention import FLASH_MAX_HEAD_DIM, AttentionSpec
 from tests.attention_oracle import make_chain, run_model
 
+pytestmark = pytest.mark.slow  # the first run downloads
+
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "flash_attn_sdist"
 

@@ -174,6 +174,7 @@ FILE_NAMES = [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=350, **HOSTILE)
 @given(content=mutated([PRESET, FULL, FULL], YAML_VALUES, YAML_LINES))
 def test_a_configuration_is_read_or_refused(tmp_path, canary, content):

@@ -20,7 +20,7 @@ ORDER = (
     ("checkpoint",),
     ("objectives",),
     ("monitor", "evaluation"),
-    ("components", "run_folder", "initial_weights"),
+    ("components", "run_folder", "run_lock", "initial_weights"),
     ("dry_run", "trainer"),
     ("main",),
 )

@@ -17,13 +17,17 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.tools.conversion.writers import (
+    write_dcp,
+    write_megatron_dist,
+    write_megatron_ranks,
+    write_safetensors,
+    write_torch_file,
+    write_universal,
+)
 from latte_flow.training.checkpoint.formats.matching import MatchedSource, match_weights
 from latte_flow.training.checkpoint.formats.recognise import open_weights
-from latte_flow.training.checkpoint.formats.safetensors_files import write_safetensors
 from latte_flow.training.checkpoint.formats.source import TensorInfo, TrainingState, WeightSource
-from latte_flow.training.checkpoint.formats.torch_dcp import write_dcp, write_megatron_dist
-from latte_flow.training.checkpoint.formats.torch_files import write_megatron_ranks, write_torch_file
-from latte_flow.training.checkpoint.formats.universal import write_universal
 from tests.integration.launching import environment
 from tests.tiny import make_model, make_vlm
 
@@ -130,6 +134,7 @@ def test_every_pair_of_formats(model, weights, tmp_path, first):
         assert_same(open_weights(folder), weights)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     variant=st.sampled_from(["couple", "blend"]),
@@ -228,6 +233,7 @@ class TestOtherLibraries:
         dcp.save({**weights, "a note": "that is no tensor"}, checkpoint_id=theirs, no_dist=True)
         assert_same(open_weights(theirs), weights)
 
+    @pytest.mark.slow
     def test_torch_distributed_checkpoint_of_two_ranks(self, tmp_path):
         """DTensors cut into rows of two ranks, the second with fewer, are put together."""
         run_script(TWO_RANKS, str(tmp_path / "dcp"))
@@ -235,6 +241,7 @@ class TestOtherLibraries:
         assert torch.equal(source.read("w"), torch.arange(21.0).view(7, 3))
         assert torch.equal(source.read("b"), torch.ones(2))
 
+    @pytest.mark.slow
     def test_megatron_dist_checkpointing(self, tmp_path):
         """megatron.core loads ours; its own save, which asks CUDA for the device, is told the CPU."""
         weights = {"layers.0.k": torch.randn(6, 4), "b": torch.randn(5).bfloat16()}

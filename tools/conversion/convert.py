@@ -10,17 +10,22 @@ import torch
 from latte_flow.model.configuration import LatteFlowConfig, load_network_config
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.partition import check_tensor_parallel
-from latte_flow.tools.conversion.output_folder import check_output, make_partial_folder, replace
-from latte_flow.tools.conversion.qwen2_vl import compare_qwen2_vl, write_qwen2_vl
+from latte_flow.tools.conversion.megatron_gpt import compare_megatron_gpt, write_megatron_gpt
+from latte_flow.tools.conversion.output_folder import check_output, make_partial_folder, put_in_place
+from latte_flow.tools.conversion.qwen2_vl import compare_qwen2_vl, load_understanding_path, write_qwen2_vl
+from latte_flow.tools.conversion.writers import (
+    write_dcp,
+    write_megatron_dist,
+    write_megatron_ranks,
+    write_safetensors,
+    write_torch_file,
+    write_universal,
+)
 from latte_flow.training.checkpoint.formats.matching import MatchedSource
 from latte_flow.training.checkpoint.formats.recognise import open_weights
-from latte_flow.training.checkpoint.formats.safetensors_files import write_safetensors
 from latte_flow.training.checkpoint.formats.source import EMA, EXPORT_FILE, MODEL, WeightSource
-from latte_flow.training.checkpoint.formats.torch_dcp import write_dcp, write_megatron_dist
-from latte_flow.training.checkpoint.formats.torch_files import write_megatron_ranks, write_torch_file
-from latte_flow.training.checkpoint.formats.universal import write_universal
 from latte_flow.training.checkpoint.manifest import describe_file
-from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE
+from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE, TOKENIZER_FOLDER
 from latte_flow.training.checkpoint.opening import OpenedCheckpoint, open_checkpoint
 from latte_flow.training.durable import sync_folder, write_synced
 from latte_flow.training.errors import UserError
@@ -34,7 +39,9 @@ FORMATS = (
     "megatron-tp",
     "megatron-dist",
     "qwen2-vl",
+    "megatron-gpt",
 )
+TENSOR_PARALLEL_FORMATS = ("megatron-tp", "megatron-gpt")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]?i?B", re.IGNORECASE)
 COMPONENTS = ("config.json", PIPELINE_FILE, "tokenizer", "vlm", "config.yaml")
@@ -78,9 +85,9 @@ def convert(
             options = {"to": to, "dtype": dtype, "max_shard_size": max_shard_size, "ranks": tensor_parallel}
             write(partial, source, config, opened, **options)
             if verify:
-                _verify(partial, source, config, opened, to)
+                _verify(partial, source, config, opened, to=to, dtype=dtype, ranks=tensor_parallel)
             _finish(partial, source, opened, to)
-            replace(partial, target)
+            put_in_place(partial, target, force=force)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
@@ -113,8 +120,9 @@ def match(
         raise UserError(
             f"dtype: {dtype}; accepted with an optimizer's state: float32 (or --weights, without the state)"
         )
-    if tensor_parallel != 1 and to != "megatron-tp":
-        raise UserError(f"tensor_parallel: {tensor_parallel}; accepted with --to {to}: 1 (with --to megatron-tp: more)")
+    if tensor_parallel != 1 and to not in TENSOR_PARALLEL_FORMATS:
+        others = " or ".join(TENSOR_PARALLEL_FORMATS)
+        raise UserError(f"tensor_parallel: {tensor_parallel}; accepted with --to {to}: 1 (with --to {others}: more)")
     check_tensor_parallel(config.text_config, tensor_parallel)
     with torch.device("meta"):
         network = LatteFlowModel(config)
@@ -139,6 +147,11 @@ def write(
     if to == "qwen2-vl":
         options = {"dtype": None if dtype is None else DTYPES[dtype], "max_shard_size": max_shard_size}
         write_qwen2_vl(folder, source, config, opened.components, **options)
+        return
+    if to == "megatron-gpt":
+        vlm = load_understanding_path(source, config, opened.components, None if dtype is None else DTYPES[dtype])
+        write_megatron_gpt(folder, vlm, step=source.step, tensor_parallel=ranks)
+        shutil.copytree(opened.components / TOKENIZER_FOLDER, folder / TOKENIZER_FOLDER)
         return
     metadata = {"weights": source.kinds[0]} | ({} if source.step is None else {"step": str(source.step)})
     if to == "safetensors":
@@ -176,7 +189,16 @@ def _check_space(folder: Path, source: WeightSource) -> None:
         raise UserError(f"output: it needs {needed / 2**30:.3g} GiB, {folder} has {free / 2**30:.3g} GiB free")
 
 
-def _verify(folder: Path, source: MatchedSource, config: LatteFlowConfig, opened: OpenedCheckpoint, to: str) -> None:
+def _verify(
+    folder: Path,
+    source: MatchedSource,
+    config: LatteFlowConfig,
+    opened: OpenedCheckpoint,
+    *,
+    to: str,
+    dtype: str | None,
+    ranks: int,
+) -> None:
     """Read back what was written and compare every tensor, bit for bit.
 
     Raises:
@@ -184,6 +206,9 @@ def _verify(folder: Path, source: MatchedSource, config: LatteFlowConfig, opened
     """
     if to == "qwen2-vl":
         pairs = compare_qwen2_vl(folder, source, config, opened.components)
+    elif to == "megatron-gpt":
+        vlm = load_understanding_path(source, config, opened.components, None if dtype is None else DTYPES[dtype])
+        pairs = compare_megatron_gpt(folder, vlm, tensor_parallel=ranks)
     else:
         written = open_weights(folder)
         kinds = source.kinds if source.training_state else (None,)

@@ -1,5 +1,7 @@
 """The folder that a conversion writes: what may be replaced, a name while it is incomplete, and its own name at the end."""
 
+import errno
+import glob
 import os
 import shutil
 from pathlib import Path
@@ -38,23 +40,37 @@ def check_output(target: Path, source: Path, *, force: bool) -> None:
         raise UserError(f"output: {target} exists; accepted: a new folder, or --force to replace an earlier conversion")
     if source.is_relative_to(target):
         raise UserError(f"output: {target} holds the input, {source}; accepted: another folder")
-    if not target.is_dir() or (not (target / EXPORT_FILE).is_file() and any(target.iterdir())):
-        raise UserError(f"output: {target} is no folder that a conversion has written; it is not replaced")
+    _check_only_converted(target)
+
+
+def _check_only_converted(folder: Path, name: Path | None = None) -> None:
+    """Refuse a folder with anything that its export.json does not list.
+
+    Args:
+        folder: what is looked at.
+        name: what it is called in the message, if not that.
+
+    Raises:
+        UserError: names a file that is in the way.
+    """
+    name = name or folder
+    if not folder.is_dir() or (not (folder / EXPORT_FILE).is_file() and any(folder.iterdir())):
+        raise UserError(f"output: {name} is no folder that a conversion has written; it is not replaced")
     try:
-        record = read_export_record(target) or {"files": {}}
+        record = read_export_record(folder) or {"files": {}}
     except ValueError as error:
         raise UserError(f"output: {error}; it is not replaced") from error
-    there = {str(path.relative_to(target)) for path in target.rglob("*") if not path.is_dir()}
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
     foreign = sorted(there - record["files"].keys() - {EXPORT_FILE})
     if foreign:
-        raise UserError(f"output: {target} holds more than a conversion has written: {foreign[0]}; it is not replaced")
+        raise UserError(f"output: {name} holds more than a conversion has written: {foreign[0]}; it is not replaced")
 
 
 def make_partial_folder(target: Path) -> Path:
     """Make the folder that is written first: of this process, beside the target. Those of dead processes are removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{target.name}{PARTIAL}{os.uname().nodename}-"
-    for left in target.parent.glob(f"{prefix}*"):
+    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
         number = left.name.removeprefix(prefix)
         if number.isdigit() and not Path(f"/proc/{number}").exists():
             shutil.rmtree(left)
@@ -63,18 +79,34 @@ def make_partial_folder(target: Path) -> Path:
     return partial
 
 
-def replace(partial: Path, target: Path) -> None:
-    """Give a complete folder its name; one that was there is removed only when the new one has it."""
-    if not target.exists():
-        os.replace(partial, target)
+def put_in_place(partial: Path, target: Path, *, force: bool) -> None:
+    """Give a complete folder its name; what has appeared there since ``check_output`` is looked at again.
+
+    Args:
+        partial: the folder.
+        target: its name. An empty folder there is replaced.
+        force: whether an earlier conversion may be replaced, as of ``check_output``. It is removed when the new one has its name.
+
+    Raises:
+        UserError: when something is there that may not be replaced; it stays as it is.
+    """
+    try:
+        os.rename(partial, target)  # fails where a file or a folder with anything in it is
         sync_folder(target.parent)
         return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+    if not force:
+        raise UserError(f"output: {target} has appeared while this was converted; it is not replaced")
+    # Moved away first: nobody who goes by its name adds to it between the look and the removal.
     old = partial.with_name(f"{partial.name}-old")
-    os.replace(target, old)
+    os.rename(target, old)
     try:
-        os.replace(partial, target)
-    except OSError:
-        os.replace(old, target)
+        _check_only_converted(old, target)
+        os.rename(partial, target)
+    except (OSError, UserError):
+        os.rename(old, target)
         raise
     sync_folder(target.parent)
     shutil.rmtree(old)

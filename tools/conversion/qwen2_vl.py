@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from latte_flow.model.backbone import load_vlm
 from latte_flow.model.configuration import LatteFlowConfig
@@ -27,31 +27,42 @@ def write_qwen2_vl(
     dtype: torch.dtype | None,
     max_shard_size: str,
 ) -> None:
-    """Write the VLM that answers questions: for Blend the trained one, for Couple the frozen one.
+    """Write the VLM of ``load_understanding_path`` with its tokenizer and image processor.
 
     Args:
         folder: to write to.
+        source, config, components, dtype: see ``load_understanding_path``.
+        max_shard_size: such as ``5GB``.
+    """
+    vlm = load_understanding_path(source, config, components, dtype)
+    vlm.save_pretrained(folder, max_shard_size=max_shard_size)
+    shutil.copytree(components / TOKENIZER_FOLDER, folder, dirs_exist_ok=True)
+
+
+def load_understanding_path(
+    source: WeightSource, config: LatteFlowConfig, components: Path, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """Return the VLM that answers questions: for Blend the trained one, for Couple the frozen one.
+
+    Args:
         source: the model's weights, under its own names.
         config: of the model.
         components: the model folder, with the tokenizer, the image processor, and a Couple model's VLM or its path.
-        dtype: of the weights written; None keeps what there is: a Blend's trained type, a Couple's VLM's own.
-        max_shard_size: such as ``5GB``.
+        dtype: of the weights; None keeps what there is: a Blend's trained type, a Couple's VLM's own.
 
     Raises:
-        ValueError: when the VLM of a Couple model is not there, or is another one than it was trained with.
+        ValueError: when the tokenizer or a Couple model's VLM is not there, or the VLM is not the one it was trained with.
     """
     if not (components / TOKENIZER_FOLDER).is_dir():
-        raise ValueError(f"{components / TOKENIZER_FOLDER} not found; a Qwen2-VL folder needs the tokenizer")
-    if config.variant == "blend":
-        part = _VlmPart(source)
-        if dtype is None:
-            dtype = max((info.dtype for info in part.tensors.values()), key=lambda d: d.itemsize)
-        vlm = AutoModelForImageTextToText.from_config(config.vlm_config, dtype=dtype)
-        load_weights(vlm, part)
-    else:
-        vlm = PipelineConfig.load(components).load_frozen_vlm(components, dtype)
-    vlm.save_pretrained(folder, max_shard_size=max_shard_size)
-    shutil.copytree(components / TOKENIZER_FOLDER, folder, dirs_exist_ok=True)
+        raise ValueError(f"{components / TOKENIZER_FOLDER} not found; the understanding path needs the tokenizer")
+    if config.variant != "blend":
+        return PipelineConfig.load(components).load_frozen_vlm(components, dtype)
+    part = _VlmPart(source)
+    if dtype is None:
+        dtype = max((info.dtype for info in part.tensors.values()), key=lambda d: d.itemsize)
+    vlm = AutoModelForImageTextToText.from_config(config.vlm_config, dtype=dtype)
+    load_weights(vlm, part)
+    return vlm
 
 
 def compare_qwen2_vl(

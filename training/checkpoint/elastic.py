@@ -5,6 +5,8 @@ weight, moments, moving average) and each rank takes its part of it, so any numb
 Nothing random is kept in checkpoints (training/data/loader.py), so samples and noise are those of the run before.
 """
 
+from collections.abc import Mapping
+
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -31,11 +33,12 @@ def load_resharded(engine, source: WeightSource) -> dict:
         UserError: when the checkpoint is of another network.
     """
     state = source.training_state
+    assert state is not None  # the callers open only formats that have one
     infos = source.tensors
     untrained = {name: source.read(name) for name in infos if name not in state.shapes}
     # This rank's part of what is split; without tensor parallelism it is the whole.
     rank, size = (0, 1) if engine.mpu is None else (engine.mpu.get_model_parallel_rank(), engine.mp_world_size)
-    _check_shapes(source, engine.module, size)
+    _check_shapes(source, state.shapes, engine.module, size)
     trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     prepare_optimizer_state(engine.optimizer, state.state_keys, state.updates)
     for name, parameter in trained.items():
@@ -48,12 +51,13 @@ def load_resharded(engine, source: WeightSource) -> dict:
     return state.model_states
 
 
-def _check_shapes(source: WeightSource, model: torch.nn.Module, tensor_parallel: int) -> None:
+def _check_shapes(
+    source: WeightSource, trained: Mapping[str, torch.Size], model: torch.nn.Module, tensor_parallel: int
+) -> None:
     def describe(shape: torch.Size, trained: bool) -> str:
         return f"{list(shape)} {'trained' if trained else 'frozen'}"
 
     buffers = {name for name, _ in model.named_buffers()}
-    trained = source.training_state.shapes
     there = {n: describe(info.shape, n in trained) for n, info in source.tensors.items() if n not in buffers}
     here = {
         name: describe(whole_shape(name, getattr(p, "ds_shape", p.shape), tensor_parallel), p.requires_grad)

@@ -8,8 +8,8 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from latte_flow.training.checkpoint.formats.zero_shards import MODEL_SUFFIX, OPTIMIZER_SUFFIX
 from latte_flow.training.errors import UserError
@@ -106,7 +106,7 @@ def describe_file(path: Path) -> dict:
         return {"bytes": path.stat().st_size, "sha256": _sha256(stream)}
 
 
-def _sha256(stream: BinaryIO) -> str:
+def _sha256(stream: BufferedReader) -> str:
     return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,7 +63,7 @@ class CheckpointStore:
         self._saved = True
         self._thread: threading.Thread | None = None
         # A thread's collectives must not mix with those of the training; gloo's need no device.
-        self._group = dist.new_group(backend="gloo") if asynchronous else None
+        self._group: Any = dist.new_group(backend="gloo") if asynchronous else None
 
     def save(self, engine, step: int, client_state: dict) -> None:
         """Write and commit a checkpoint of the engine; a valid one of this step is left as it is, a damaged one replaced.
@@ -77,7 +78,7 @@ class CheckpointStore:
         """
         self.wait()
         final = self.folder / step_name(step)
-        exists = agree(final.exists() if is_first_rank() else None)
+        exists = agree(is_first_rank() and final.exists())
         self._saved = exists and not _gather_dict(dict(check_files(final, share)))
         if self._saved:
             return

@@ -7,10 +7,9 @@ the step.
 """
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from latte_flow.training.data.workers import ignore_stop_signals, kill_workers_at_exit
 from latte_flow.training.distributed.batch_layout import BatchLayout
@@ -31,13 +30,12 @@ class MicroBatchSampler(Sampler[list[int]]):
         return (self.last_step - self.first_step) * self.layout.accumulation_steps
 
 
-class Samples(Protocol):
+class Samples(Dataset[dict]):
     """A map-style data set by global sample index that also puts its samples together."""
-
-    def __getitem__(self, index: int) -> dict: ...
 
     def collate(self, samples: list[dict]):
         """Return the micro-batch of some samples."""
+        raise NotImplementedError
 
 
 def make_loader(

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -96,7 +97,8 @@ def _read_source(kind: str, path: Path):
     """
     import datasets
 
-    paths, read = _FINDERS[kind](path), {"imagefolder": _read_imagefolder, "saved": _read_saved}.get(kind, _read_files)
+    paths = _FINDERS[kind](path)
+    read = _READERS.get(kind, _read_files)
     try:
         for file in paths if kind == "saved" else ():
             if file.suffix == ".arrow":
@@ -183,7 +185,7 @@ def _files_of_saved(path: Path) -> list[Path]:
     return described + [path / name for name in names]
 
 
-_FINDERS = {
+_FINDERS: dict[str, Callable[[Path], list[Path]]] = {
     "imagefolder": _files_of_folder,
     "parquet": functools.partial(_files_like, "*.parquet", "parquet"),
     "webdataset": functools.partial(_files_like, "*.tar", "webdataset"),
@@ -191,7 +193,10 @@ _FINDERS = {
 }
 
 
-def _one_line(error: Exception) -> str:
+_READERS: dict[str, Callable] = {"imagefolder": _read_imagefolder, "saved": _read_saved}
+
+
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
@@ -256,8 +261,8 @@ def _captions(table, config: DataConfig) -> tuple[list[str], list[int], list[str
 
     column, columns = config.text_column, ", ".join(table.column_names)
     if column == AUTO:
-        column = next((name for name in TEXT_COLUMNS if name in table.column_names), None)
-        if column is None:
+        column = next((name for name in TEXT_COLUMNS if name in table.column_names), "")
+        if not column:
             raise UserError(
                 f"data.text_column: {AUTO}, but none of {', '.join(TEXT_COLUMNS)} is in {config.path}; accepted: one of "
                 f"{columns}, with captions or classes (an image folder needs a folder a class, at least two, or a metadata.jsonl)"

@@ -150,7 +150,9 @@ def _read_tar(file: Path) -> None:
     with tarfile.open(file, "r:") as tar:
         for member in tar:
             if member.isfile():
-                tar.extractfile(member).read()
+                stream = tar.extractfile(member)
+                assert stream is not None  # only of links and special files
+                stream.read()
         _check_headers(tar)
 
 

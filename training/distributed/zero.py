@@ -82,11 +82,11 @@ def prepare_optimizer_state(zero, keys: Iterable[str], updates: int) -> None:
         zero._lazy_init_hp_params_optimizer_state()  # makes the state known to the parameters
 
 
-def write_state(parameter: Tensor, value: Tensor, key: str | None = None) -> None:
+def write_state(parameter, value: Tensor, key: str | None = None) -> None:
     """Write this rank's part of a parameter's float32 master weight, or of what the optimizer keeps of it under ``key``.
 
     Args:
-        parameter: a trained parameter of an engine with ZeRO.
+        parameter: a trained parameter of an engine with ZeRO; DeepSpeed adds attributes to it.
         value: float32, the whole of it, in the parameter's unsharded shape.
         key: as in ``prepare_optimizer_state``.
     """
@@ -106,7 +106,7 @@ def write_state(parameter: Tensor, value: Tensor, key: str | None = None) -> Non
         safe_set_local_optimizer_state(parameter, part, key)
 
 
-def holds_part(parameter: Tensor) -> bool:
+def holds_part(parameter) -> bool:
     """Return whether this rank's shard has any of a trained parameter, so that ``write_state`` does anything."""
     return hasattr(parameter, "ds_id") or parameter._hp_mapping is not None
 

@@ -82,7 +82,7 @@ class StepHealth:
                 if ratios[-1] > self.config.spike_ratio:
                     spikes.append({"step": step, "loss": loss, "ratio": ratios[-1]})
             self._history.append(loss)
-        report = {"loss_spike_ratio": max(ratios)} if ratios else {}
+        report: dict = {"loss_spike_ratio": max(ratios)} if ratios else {}
         report |= {"loss_spikes": spikes} if spikes else {}
         report |= {"skipped": self._skipped} if self._skipped else {}
         self._losses, self._skipped = [], []

@@ -1,10 +1,10 @@
 """Stopping a run in the middle so that it can go on later.
 
-A stop is requested by SIGTERM or SIGUSR1 to any rank's process, or by a file ``output_dir/stop`` that a batch script or a person
-touches. All ranks agree on the request after every optimizer step, save a checkpoint of that step and end with EXIT_STOPPED;
-``output_dir/requeue`` then says that the run wants to be started again. Batch scripts go by that file, not by the exit code,
-which launchers replace by their own: torchrun ends with 1, and ``deepspeed`` does not pass signals on, but the stop file works
-under every launcher.
+A stop is requested by SIGTERM or SIGUSR1 to any rank's process, by the end of its launcher (launcher.py), or by a file
+``output_dir/stop`` that a batch script or a person touches. All ranks agree on the request after every optimizer step, save a
+checkpoint of that step and end with EXIT_STOPPED; ``output_dir/requeue`` then names the SLURM job, if any, that wants to be
+started again. Batch scripts go by that file, not by the exit code, which launchers replace by their own: torchrun ends with 1,
+and ``deepspeed`` does not pass signals on, but the stop file works under every launcher.
 """
 
 import os
@@ -12,15 +12,19 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from latte_flow.training.data.workers import STOP_SIGNALS
+from latte_flow.training.monitor.launcher import watch_launcher
 
 STOP_FILE = "stop"
 REQUEUE_FILE = "requeue"
+REQUESTS_SINCE = "LATTE_FLOW_REQUESTS_SINCE"
+"""Variable of a batch script: stop files older than this time (seconds since 1970) were meant for an earlier start."""
 EXIT_STOPPED = os.EX_TEMPFAIL
 REPEAT_SECONDS = 2.0
 """A signal that comes again within this time is the same request: srun, a launcher and the kernel may each deliver it."""
@@ -51,6 +55,9 @@ class StopRequest:
         self._copied = None if device.type == "cpu" else torch.Event(device)
         if self._is_first_rank:
             self.requeue_file.unlink(missing_ok=True)
+            since = float(os.environ.get(REQUESTS_SINCE, 0))
+            if self.stop_file.exists() and self.stop_file.stat().st_mtime < since:
+                self.stop_file.unlink(missing_ok=True)
 
         self._pipe, pipe_end = os.pipe()
         os.set_blocking(pipe_end, False)
@@ -58,6 +65,7 @@ class StopRequest:
             signal.signal(number, lambda *_: None)  # a Python handler is what makes the signal appear in the pipe
         signal.set_wakeup_fd(pipe_end, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="stop signals", daemon=True).start()
+        watch_launcher(self._launcher_lost)
 
     def poll(self, *, wait: bool = False) -> bool:
         """Return whether any rank was asked to stop, the same on all ranks. Call it after every optimizer step.
@@ -91,7 +99,7 @@ class StopRequest:
         """
         if self._is_first_rank:
             if stopped:
-                self.requeue_file.touch()
+                self.requeue_file.write_text(os.environ.get("SLURM_JOB_ID", "") + "\n")
             else:
                 self.requeue_file.unlink(missing_ok=True)
             self.stop_file.unlink(missing_ok=True)
@@ -103,6 +111,13 @@ class StopRequest:
         self._stopped = self._stopped or bool(self._answer.item())
         if self._stopped and self._is_first_rank:
             self.stop_file.unlink(missing_ok=True)  # the next start, whatever this one comes to, is not asked to stop
+
+    def _launcher_lost(self) -> None:
+        if self._signalled_at is None:
+            self._signalled_at = time.monotonic()
+            message = "the launcher of this rank has ended: stopping after this step"
+            with suppress(OSError, ValueError):  # the terminal may have gone with it
+                print(message, file=sys.stderr, flush=True)
 
     def _listen(self) -> None:
         """Read signal numbers as they come; signals that others handle in Python appear in the pipe too."""

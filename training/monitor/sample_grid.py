@@ -61,6 +61,7 @@ class SampleGrid:
             if self.contexts is not None:
                 context, rows = self.contexts.lookup(rows)
             else:
+                assert self.prompt_inputs is not None
                 distinct, rows = torch.unique(rows.to(engine.device), return_inverse=True)
                 context = model.encode_context({n: tokens[distinct] for n, tokens in self.prompt_inputs.items()})
             latents = sample_latents(
@@ -77,4 +78,4 @@ class SampleGrid:
         dist.all_gather(parts, images, self.ranks.data_group)
         pixels = to_uint8(torch.cat(parts)[: config.num_images])
         columns = min(10 if self.num_prompts % 10 == 0 else 8, len(pixels))
-        return make_grid(pixels, columns, scale=grid_scale(images.shape[-1]))
+        return make_grid(list(pixels), columns, scale=grid_scale(images.shape[-1]))

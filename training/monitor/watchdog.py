@@ -167,14 +167,12 @@ class Watchdog:
 
 def _make_store(rank: int) -> dist.TCPStore:
     """Return a store that rank 0 holds and all ranks reach. Collective."""
-    address = None
-    settings = {"timeout": timedelta(seconds=ANSWER_SECONDS), "wait_for_workers": False}
+    patience = timedelta(seconds=ANSWER_SECONDS)
+    host = agree(os.environ.get("MASTER_ADDR") or socket.gethostname())
     if rank == 0:
-        host = os.environ.get("MASTER_ADDR") or socket.gethostname()
-        store = dist.TCPStore(host, 0, is_master=True, **settings)
-        address = (host, store.port)
-    address = agree(address)
-    return store if rank == 0 else dist.TCPStore(*address, is_master=False, **settings)
+        store = dist.TCPStore(host, 0, is_master=True, timeout=patience, wait_for_workers=False)
+    port = agree(store.port if rank == 0 else 0)
+    return store if rank == 0 else dist.TCPStore(host, port, timeout=patience, wait_for_workers=False)
 
 
 def _say(message: str) -> None:

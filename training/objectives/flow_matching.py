@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from latte_flow.model.randomness import Stream, generator, permutation, uniform
 from latte_flow.model.timestep_experts import TimestepExperts
 from latte_flow.training.data.images import ImageDataset
 from latte_flow.training.data.latents.dataset import LatentDataset
+from latte_flow.training.data.loader import Samples
 
 
-class FlowMatchingSamples(Dataset):
+class FlowMatchingSamples(Samples):
     """Training samples by global sample index: the image, its prompt, its noise and its timesteps.
 
     Args:
@@ -128,4 +128,4 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(**{name: None if value is None else function(value) for name, value in vars(self).items()})
+        return replace(self, **{name: function(value) for name, value in vars(self).items() if value is not None})

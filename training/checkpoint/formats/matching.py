@@ -51,11 +51,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor] | WeightSource,
         ValueError: as ``match_weights``, before anything is loaded; or when a file is damaged.
     """
     own = model.state_dict(keep_vars=True)
-    is_source = isinstance(weights, WeightSource)
-    names = match_weights(model, weights.tensors if is_source else weights)
+    infos: Mapping = weights.tensors if isinstance(weights, WeightSource) else weights
     with torch.no_grad():
-        for name, there in names.items():
-            own[name].copy_(weights.read(there[0], kind) if is_source else weights[there[0]])
+        for name, there in match_weights(model, infos).items():
+            one = weights.read(there[0], kind) if isinstance(weights, WeightSource) else weights[there[0]]
+            own[name].copy_(one)
 
 
 class MatchedSource(WeightSource):

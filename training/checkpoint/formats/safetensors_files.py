@@ -5,9 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from latte_flow.training.checkpoint.formats.source import MODEL, TensorInfo, WeightSource, reading
@@ -66,9 +64,9 @@ class SafetensorsSource(WeightSource):
             )
         step = next(iter(steps), None)
         self.step = int(step) if step is not None and step.isdigit() else None
-        for name, file in (placed or {}).items():
+        for name, announced in (placed or {}).items():
             if name not in self._file_of:
-                raise ValueError(f"{path}: {name} is not in {file}, where the index says it is")
+                raise ValueError(f"{path}: {name} is not in {announced}, where the index says it is")
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -99,41 +97,3 @@ def read_index(path: Path) -> dict[str, str]:
             if not isinstance(file, str) or Path(file).name != file:
                 raise ValueError(f"{path}: says that {name} is in {file!r}; accepted: a file beside the index")
     return placed
-
-
-def write_safetensors(
-    folder: Path, source: WeightSource, *, max_shard_size: str | None, metadata: Mapping[str, str]
-) -> None:
-    """Write model.safetensors, or shards with model.safetensors.index.json. One shard at a time is in memory.
-
-    Args:
-        folder: to write to.
-        source: what is written.
-        max_shard_size: such as ``5GB``; None writes a single file.
-        metadata: goes into every file.
-
-    Raises:
-        ValueError: when max_shard_size is not a size.
-    """
-    metadata, infos = {"format": "pt", **metadata}, source.tensors
-    if max_shard_size is None:
-        save_file({name: source.read(name).contiguous() for name in infos}, folder / WEIGHTS_FILE, metadata=metadata)
-        return
-    try:
-        split = split_state_dict_into_shards_factory(
-            dict(infos),
-            get_storage_size=lambda info: info.num_bytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as error:
-        raise ValueError(f"max_shard_size: {error}; accepted: such as 5GB or 200MB") from error
-    for file, names in split.filename_to_tensors.items():
-        save_file({name: source.read(name).contiguous() for name in names}, folder / file, metadata=metadata)
-    index = {
-        "metadata": {"total_size": sum(info.num_bytes for info in infos.values())},
-        "weight_map": split.tensor_to_filename,
-    }
-    if not split.is_sharded:  # all fit into one: an index all the same, for it was asked for
-        index["weight_map"] = dict.fromkeys(infos, WEIGHTS_FILE)
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2))

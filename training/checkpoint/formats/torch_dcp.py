@@ -86,7 +86,8 @@ class DistributedCheckpointSource(WeightSource):
         self.path = path
         self.format = "dcp"
         metadata = _read_metadata(path / METADATA_FILE)
-        self._entries, self._places = metadata.state_dict_metadata, {}
+        self._entries = metadata.state_dict_metadata
+        self._places: dict[str, dict] = {}
         for index, place in metadata.storage_data.items():
             self._places.setdefault(index.fqn, {})[index] = place
         with reading(path / METADATA_FILE):
@@ -124,7 +125,7 @@ class DistributedCheckpointSource(WeightSource):
         info = self._tensors[name]
         state = {name: torch.empty(info.shape, dtype=info.dtype)}
         metadata = Metadata(state_dict_metadata={name: self._entries[name]}, storage_data=self._places[name])
-        with reading(self.path), _quiet():
+        with reading(self.path), quiet_dcp():
             try:
                 dcp.load(state, storage_reader=_OneTensorReader(self.path, metadata), no_dist=True)
             except dcp.api.CheckpointException as error:  # wraps what went wrong, with its traceback, in one per rank
@@ -133,22 +134,8 @@ class DistributedCheckpointSource(WeightSource):
         return state[name]
 
 
-def write_dcp(folder: Path, source: WeightSource) -> None:
-    """Write the weights as a DCP of one rank, under their own names."""
-    state = {name: source.read(name) for name in source.tensors}
-    with _quiet():
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
-
-
-def write_megatron_dist(folder: Path, source: WeightSource) -> None:
-    """Write the weights as megatron.core.dist_checkpointing's torch_dist format, whose own writer needs CUDA."""
-    write_dcp(folder, source)
-    torch.save({"iteration": source.step or 0}, folder / COMMON_FILE)
-    (folder / MEGATRON_FILE).write_text(json.dumps(MEGATRON_CONFIG))
-
-
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_dcp() -> Iterator[None]:
     """Keep DCP from announcing that there is only one process, which is meant."""
     disabled = logging.root.manager.disable
     with warnings.catch_warnings():

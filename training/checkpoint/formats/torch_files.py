@@ -4,10 +4,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from latte_flow.model.partition import join_parts, take_part, whole_shape
+from latte_flow.model.partition import join_parts, whole_shape
 from latte_flow.training.checkpoint.formats.safetensors_files import read_index
 from latte_flow.training.checkpoint.formats.source import TensorInfo, WeightSource, load_torch_file
 
@@ -71,11 +70,6 @@ def _unwrap(file: Path, content) -> tuple[dict[str, Tensor], int | None]:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"{file}: {name!r} is a {type(value).__name__}; accepted: a state dict, name -> tensor")
     return dict(content), step
-
-
-def write_torch_file(folder: Path, source: WeightSource) -> None:
-    """Write the weights as one pytorch_model.bin, which transformers loads."""
-    torch.save({name: source.read(name) for name in source.tensors}, folder / WEIGHTS_FILE)
 
 
 class MegatronRanksSource(WeightSource):
@@ -153,25 +147,3 @@ def has_megatron_ranks(path: Path) -> bool:
     return (path / ITERATION_FILE).is_file() or any(
         RANK_FOLDER.fullmatch(p.name) and (p / RANK_FILE).is_file() for p in path.iterdir()
     )
-
-
-def write_megatron_ranks(folder: Path, source: WeightSource, *, tensor_parallel: int) -> None:
-    """Write each tensor-parallel rank's part as Megatron lays its checkpoints out.
-
-    Raises:
-        ValueError: when the number of ranks does not divide a tensor that is split.
-    """
-    step = source.step
-    name = "release" if step is None else f"iter_{step:07d}"
-    for rank in range(tensor_parallel):  # reading again costs less than the whole model in memory
-        state = {key: take_part(key, source.read(key), rank, tensor_parallel).clone() for key in source.tensors}
-        content = {
-            "checkpoint_version": 3.0,
-            "iteration": step or 0,
-            "tensor_model_parallel_size": tensor_parallel,
-            "model": state,
-        }
-        file = folder / name / f"mp_rank_{rank:02d}" / RANK_FILE
-        file.parent.mkdir(parents=True)
-        torch.save(content, file)
-    (folder / ITERATION_FILE).write_text("release" if step is None else str(step))

@@ -8,7 +8,6 @@
 """
 
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from latte_flow.model.partition import join_parts
 from latte_flow.training.checkpoint.formats.source import (
-    MODEL,
     TensorInfo,
     TrainingState,
     WeightSource,
@@ -41,7 +39,7 @@ class _LossScaler:
     """Stands for DeepSpeed's class of that name, whose content is of no use here."""
 
 
-STAND_INS = [
+STAND_INS: list = [
     (_LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
 ]
@@ -111,7 +109,7 @@ class UniversalSource(WeightSource):
 
     def _updates(self, settings: dict) -> int:
         """Return how many updates the optimizer has done; every parameter must say the same."""
-        steps = {}
+        steps: dict[int, str] = {}
         for name, folder in self._folders.items():
             file = folder / f"{STEP_KEY}.pt"
             if file.is_file():
@@ -146,61 +144,3 @@ class UniversalSource(WeightSource):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{file}: holds no tensor")
         return tensor
-
-
-def write_universal(folder: Path, source: WeightSource) -> None:
-    """Write a universal checkpoint: with the optimizer's state, if the source has it, or with the weights alone.
-
-    Args:
-        folder: to write to.
-        source: what is written; with a training state all its kinds are.
-    """
-    state, infos = source.training_state, source.tensors
-    # Without a training state nothing says what was trained: float32 weights may start a training, others stay as they are.
-    trained = dict(state.shapes) if state else {n: i.shape for n, i in infos.items() if i.dtype == torch.float32}
-    (folder / ZERO_FOLDER).mkdir()
-    states = dict(state.model_states) if state else _empty_model_states(source.step)
-    precision = torch.bfloat16 if (states.get("ds_config") or {}).get("bf16", {}).get("enabled") is True else None
-    module = {}
-    for name in infos:
-        if name not in trained:
-            module[name] = source.read(name)
-            continue
-        target = folder / ZERO_FOLDER / name
-        target.mkdir(parents=True)
-        keys = {WEIGHT_KEY: MODEL if state else None} | {key: key for key in (state.state_keys if state else ())}
-        for key, which in keys.items():
-            tensor = source.read(name, which).float()
-            if key == WEIGHT_KEY:
-                module[name] = tensor.to(precision or tensor.dtype)
-            torch.save({PARAM: tensor, CAT_DIM: 0}, target / f"{key}.pt")
-        if state:
-            torch.save(torch.tensor(float(state.updates)), target / f"{STEP_KEY}.pt")
-    if state:
-        settings = {key: value for key, value in state.optimizer.items() if key != "state"}
-        counter = {
-            "state": {0: {STEP_KEY: torch.tensor(float(state.updates))}},
-            "param_groups": settings["param_groups"],
-        }
-        torch.save(settings | {"optimizer_state_dict": counter}, folder / ZERO_FOLDER / OPTIMIZER_FILE)
-    states |= {
-        MODULE: module,
-        "param_shapes": [{name: torch.Size(shape) for name, shape in trained.items()}],
-        "dp_world_size": 1,
-        "mp_world_size": 1,
-    }
-    torch.save(states, folder / MODEL_FILE)
-
-
-def _empty_model_states(step: int | None) -> dict:
-    return {
-        "buffer_names": [],
-        "optimizer": None,
-        "lr_scheduler": None,
-        "shared_params": {},
-        "frozen_param_shapes": {},
-        "global_steps": step or 0,
-        "global_samples": 0,
-        "skipped_steps": 0,
-        "ds_version": version("deepspeed"),
-    }

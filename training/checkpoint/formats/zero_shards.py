@@ -231,7 +231,9 @@ class _NetworkPart:
 def _by_tensor_rank(files: list[str]) -> dict[int, list[str]]:
     result: dict[int, list[str]] = {}
     for file in files:
-        result.setdefault(int(TENSOR_RANK.search(Path(file).name)[1]), []).append(file)
+        match = TENSOR_RANK.search(Path(file).name)
+        assert match is not None  # the files were listed by their names
+        result.setdefault(int(match[1]), []).append(file)
     return result
 
 

@@ -57,7 +57,7 @@ class LatentShard:
         offset = self.offsets[column] + row * self.bytes_per_row
         accepted = "the file as it was; the same command then goes on from the last checkpoint"
         try:
-            got = os.preadv(_open(self).fileno(), [latent.view(torch.int16).numpy()], offset)
+            got = os.preadv(_open(self).fileno(), [latent.view(torch.int16).numpy().data], offset)
         except OSError as error:
             raise UserError(f"data.path: {self.file} cannot be read: {error.strerror}; accepted: {accepted}") from error
         if got != self.bytes_per_row:

@@ -166,7 +166,7 @@ class LatentWriter:
             stale.unlink(missing_ok=True)
         info = datasets.DatasetInfo(features=self.features())
         write_durably(self.folder / "dataset_info.json", _json({"features": info.features.to_dict()}))
-        state = {
+        state: dict = {
             "_data_files": [{"filename": shard["file"]} for shard in shards],
             "_fingerprint": state_fingerprint(text),
             "_format_columns": None,
@@ -196,7 +196,7 @@ def _json(value: dict) -> bytes:
 
 def _refuse_other_settings(folder: Path, saved: dict, current: dict) -> None:
     def comparable(settings: dict) -> dict:
-        flat = {}
+        flat: dict = {}
         for name, value in settings.items():
             flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
         return {name: value for name, value in flat.items() if name not in ("source.path", "codec.path")}
@@ -220,7 +220,8 @@ def _sums(latents: list[Tensor]) -> dict:
 
     In float64 over parts of fixed size, so that the last bit does not depend on the batch size of the encoding.
     """
-    sums, squares, lowest, highest = 0.0, 0.0, np.inf, -np.inf
+    sums = squares = np.zeros(latents[0].shape[1])
+    lowest, highest = np.inf, -np.inf
     for column in latents:
         for first in range(0, len(column), STATISTICS_ROWS):
             values = column[first : first + STATISTICS_ROWS].double().numpy()

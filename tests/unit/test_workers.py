@@ -4,10 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FAILING = """
 import os, signal
 from torch.utils.data import DataLoader
-from latte_flow.training.monitor.preemption import ignore_stop_signals, kill_workers_at_exit
+from latte_flow.training.data.workers import ignore_stop_signals, kill_workers_at_exit
 
 kill_workers_at_exit()
 batches = iter(DataLoader(range(100), num_workers=1, worker_init_fn=ignore_stop_signals, persistent_workers=True))
@@ -21,6 +23,7 @@ raise RuntimeError("the run fails while its workers live")
 """
 
 
+@pytest.mark.slow
 def test_workers_survive_the_signals_and_a_failing_process_does_not_wait_for_them():
     root = Path(__file__).parents[2]
     ended = subprocess.run([sys.executable, "-c", FAILING], cwd=root, capture_output=True, text=True, timeout=120)

@@ -1,0 +1,175 @@
+"""Writers of the formats that a checkpoint is converted to; their readers are in training/checkpoint/formats/."""
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latte_flow.model.partition import take_part
+from latte_flow.training.checkpoint.formats import safetensors_files, torch_files
+from latte_flow.training.checkpoint.formats.source import MODEL, WeightSource
+from latte_flow.training.checkpoint.formats.torch_dcp import COMMON_FILE, MEGATRON_CONFIG, MEGATRON_FILE, quiet_dcp
+from latte_flow.training.checkpoint.formats.torch_files import ITERATION_FILE, RANK_FILE
+from latte_flow.training.checkpoint.formats.universal import (
+    CAT_DIM,
+    MODEL_FILE,
+    MODULE,
+    OPTIMIZER_FILE,
+    PARAM,
+    STEP_KEY,
+    WEIGHT_KEY,
+    ZERO_FOLDER,
+)
+
+
+def write_safetensors(
+    folder: Path, source: WeightSource, *, max_shard_size: str | None, metadata: Mapping[str, str]
+) -> None:
+    """Write model.safetensors, or shards with model.safetensors.index.json. One shard at a time is in memory.
+
+    Args:
+        folder: to write to.
+        source: what is written.
+        max_shard_size: such as ``5GB``; None writes a single file.
+        metadata: goes into every file.
+
+    Raises:
+        ValueError: when max_shard_size is not a size.
+    """
+    metadata, infos = {"format": "pt", **metadata}, source.tensors
+    if max_shard_size is None:
+        save_file(
+            {name: source.read(name).contiguous() for name in infos},
+            folder / safetensors_files.WEIGHTS_FILE,
+            metadata=metadata,
+        )
+        return
+    try:
+        split = split_state_dict_into_shards_factory(
+            dict(infos),
+            get_storage_size=lambda info: info.num_bytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise ValueError(f"max_shard_size: {error}; accepted: such as 5GB or 200MB") from error
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: source.read(name).contiguous() for name in names}, folder / file, metadata=metadata)
+    index = {
+        "metadata": {"total_size": sum(info.num_bytes for info in infos.values())},
+        "weight_map": split.tensor_to_filename,
+    }
+    if not split.is_sharded:  # all fit into one: an index all the same, for it was asked for
+        index["weight_map"] = dict.fromkeys(infos, safetensors_files.WEIGHTS_FILE)
+    (folder / safetensors_files.INDEX_FILE).write_text(json.dumps(index, indent=2))
+
+
+def write_torch_file(folder: Path, source: WeightSource) -> None:
+    """Write the weights as one pytorch_model.bin, which transformers loads."""
+    torch.save({name: source.read(name) for name in source.tensors}, folder / torch_files.WEIGHTS_FILE)
+
+
+def write_dcp(folder: Path, source: WeightSource) -> None:
+    """Write the weights as a DCP of one rank, under their own names."""
+    state = {name: source.read(name) for name in source.tensors}
+    with quiet_dcp():
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+
+
+def write_megatron_dist(folder: Path, source: WeightSource) -> None:
+    """Write the weights as megatron.core.dist_checkpointing's torch_dist format, whose own writer needs CUDA."""
+    write_dcp(folder, source)
+    torch.save({"iteration": source.step or 0}, folder / COMMON_FILE)
+    (folder / MEGATRON_FILE).write_text(json.dumps(MEGATRON_CONFIG))
+
+
+def write_megatron_ranks(folder: Path, source: WeightSource, *, tensor_parallel: int) -> None:
+    """Write each tensor-parallel rank's part as Megatron lays its checkpoints out.
+
+    Raises:
+        ValueError: when the number of ranks does not divide a tensor that is split.
+    """
+    for rank in range(tensor_parallel):  # reading again costs less than the whole model in memory
+        state = {key: take_part(key, source.read(key), rank, tensor_parallel).clone() for key in source.tensors}
+        write_megatron_rank(folder, state, rank, tensor_parallel, source.step)
+
+
+def write_megatron_rank(
+    folder: Path, state: Mapping[str, Tensor | None], rank: int, tensor_parallel: int, step: int | None
+) -> None:
+    """Write one rank's state dict where Megatron looks for it; None for the step gives a release."""
+    content = {
+        "checkpoint_version": 3.0,
+        "iteration": step or 0,
+        "tensor_model_parallel_size": tensor_parallel,
+        "model": dict(state),
+    }
+    name = "release" if step is None else f"iter_{step:07d}"
+    file = folder / name / f"mp_rank_{rank:02d}" / RANK_FILE
+    file.parent.mkdir(parents=True)
+    torch.save(content, file)
+    (folder / ITERATION_FILE).write_text("release" if step is None else str(step))
+
+
+def write_universal(folder: Path, source: WeightSource) -> None:
+    """Write a universal checkpoint: with the optimizer's state, if the source has it, or with the weights alone.
+
+    Args:
+        folder: to write to.
+        source: what is written; with a training state all its kinds are.
+    """
+    state, infos = source.training_state, source.tensors
+    # Without a training state nothing says what was trained: float32 weights may start a training, others stay as they are.
+    trained = dict(state.shapes) if state else {n: i.shape for n, i in infos.items() if i.dtype == torch.float32}
+    (folder / ZERO_FOLDER).mkdir()
+    states = dict(state.model_states) if state else _empty_model_states(source.step)
+    precision = torch.bfloat16 if (states.get("ds_config") or {}).get("bf16", {}).get("enabled") is True else None
+    module = {}
+    for name in infos:
+        if name not in trained:
+            module[name] = source.read(name)
+            continue
+        target = folder / ZERO_FOLDER / name
+        target.mkdir(parents=True)
+        keys = {WEIGHT_KEY: MODEL if state else None} | {key: key for key in (state.state_keys if state else ())}
+        for key, which in keys.items():
+            tensor = source.read(name, which).float()
+            if key == WEIGHT_KEY:
+                module[name] = tensor.to(precision or tensor.dtype)
+            torch.save({PARAM: tensor, CAT_DIM: 0}, target / f"{key}.pt")
+        if state:
+            torch.save(torch.tensor(float(state.updates)), target / f"{STEP_KEY}.pt")
+    if state:
+        settings = {key: value for key, value in state.optimizer.items() if key != "state"}
+        counter = {
+            "state": {0: {STEP_KEY: torch.tensor(float(state.updates))}},
+            "param_groups": settings["param_groups"],
+        }
+        torch.save(settings | {"optimizer_state_dict": counter}, folder / ZERO_FOLDER / OPTIMIZER_FILE)
+    states |= {
+        MODULE: module,
+        "param_shapes": [{name: torch.Size(shape) for name, shape in trained.items()}],
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+    }
+    torch.save(states, folder / MODEL_FILE)
+
+
+def _empty_model_states(step: int | None) -> dict:
+    return {
+        "buffer_names": [],
+        "optimizer": None,
+        "lr_scheduler": None,
+        "shared_params": {},
+        "frozen_param_shapes": {},
+        "global_steps": step or 0,
+        "global_samples": 0,
+        "skipped_steps": 0,
+        "ds_version": version("deepspeed"),
+    }
