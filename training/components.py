@@ -35,8 +35,7 @@ from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.context import tokenize_prompts, truncate_prompts
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.partition import check_tensor_parallel
-from latte_flow.model.pipeline import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, PipelineConfig
-from latte_flow.training.checkpoint.initial_weights import load_initial_weights
+from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, PipelineConfig
 from latte_flow.training.checkpoint.opening import OpenedCheckpoint
 from latte_flow.training.configs.fields import TrainingConfig
 from latte_flow.training.data.context_cache import ContextSource, PromptEncoder, open_context_source
@@ -47,7 +46,8 @@ from latte_flow.training.distributed.batch_layout import BatchLayout
 from latte_flow.training.distributed.collectives import print_once
 from latte_flow.training.distributed.ranks import Ranks
 from latte_flow.training.distributed.zero import mark_universal
-from latte_flow.training.errors import UserError
+from latte_flow.training.errors import UserError, naming
+from latte_flow.training.initial_weights import load_initial_weights
 from latte_flow.training.monitor.sample_grid import samples_per_rank
 
 BACKBONES = Path(__file__).parent / "configs" / "backbones"
@@ -99,7 +99,8 @@ def build_components(config: TrainingConfig, images: Images, saved: Path) -> Com
         codec = _build_codec(config, images.image_channels)
         if isinstance(images, LatentDataset):
             images.check_codec(codec)
-        vlm, tokenizer = _build_vlm(config, images, saved)
+        with naming("vlm"):
+            vlm, tokenizer = _build_vlm(config, images, saved)
         model_config = _make_model_config(config, vlm.config, codec)
     pipeline_config = _make_pipeline_config(config, images)
     own = pipeline_config.vlm_fingerprint
@@ -130,7 +131,8 @@ def build_meta_components(config: TrainingConfig) -> MetaComponents:
             prompt_ids = tokenize_prompts(tokenizer, prompts)["input_ids"]
         else:
             image_channels = 1 if config.data.dataset == "digits" else 3
-            vlm_config, prompt_ids = read_vlm_config(_configuration_source(config.vlm.path)), None
+            with naming("vlm"):
+                vlm_config, prompt_ids = read_vlm_config(_configuration_source(config.vlm.path)), None
         codec = _build_codec(config, image_channels, meta=True)
         with torch.device("meta"):
             vlm = AutoModelForImageTextToText.from_config(vlm_config)
@@ -244,14 +246,16 @@ def _build_vlm(config: TrainingConfig, images: Images, saved: Path) -> tuple[Pre
 def _build_codec(config: TrainingConfig, image_channels: int, *, meta: bool = False) -> LatentCodec:
     """Load the codec and refuse images that it does not take, before a VLM is loaded."""
     arguments: dict[str, Any] = asdict(config.codec) | {"image_channels": image_channels}
-    if meta:
-        path, _ = apply_preset(config.codec.preset, config.codec.path, config.codec.scaling_factor)
-        arguments["path"] = path and _configuration_source(path)
-    codec = load_codec(**arguments, dtype=compute_dtype(config), meta=meta)
+    with naming("codec"):
+        if meta:
+            path, _ = apply_preset(config.codec.preset, config.codec.path, config.codec.scaling_factor)
+            arguments["path"] = path and _configuration_source(path)
+        codec = load_codec(**arguments, dtype=compute_dtype(config), meta=meta)
     if codec.image_channels != image_channels:
         dataset = f"data.dataset {config.data.dataset}"
         raise UserError(f"codec: takes {codec.image_channels} image channels, {dataset} has {image_channels}")
-    codec.latent_size(config.data.resolution)
+    with naming("data"):
+        codec.latent_size(config.data.resolution)
     return codec
 
 

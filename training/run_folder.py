@@ -6,7 +6,6 @@ from typing import Any
 
 from latte_flow.model.backbone import build_tiny_image_processor, load_image_processor
 from latte_flow.model.latte_flow import LatteFlowModel
-from latte_flow.model.pipeline import PIPELINE_FILE, LatteFlowPipeline
 from latte_flow.training.checkpoint.formats.source import EXPORT_FILE, read_export_record
 from latte_flow.training.checkpoint.formats.universal import UniversalSource
 from latte_flow.training.checkpoint.manifest import (
@@ -17,6 +16,7 @@ from latte_flow.training.checkpoint.manifest import (
     named_checkpoints,
     read_manifest,
 )
+from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE, save_components
 from latte_flow.training.checkpoint.opening import OpenedCheckpoint
 from latte_flow.training.checkpoint.store import newest_valid
 from latte_flow.training.components import Components
@@ -181,11 +181,14 @@ def write_components(config: TrainingConfig, components: Components, model: Latt
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / CONFIG_FILE).exists():
         save_config(config, folder / CONFIG_FILE)
-    # pipeline.json is written last: without it the folder is incomplete.
     if not (folder / MODEL_FOLDER / PIPELINE_FILE).exists():
-        vlm, tokenizer, codec, model_config, pipeline_config = components
-        path, vlm_config = config.vlm.path, model_config.vlm_config
+        path, vlm_config = config.vlm.path, components.model_config.vlm_config
         image_processor = load_image_processor(path) if path else build_tiny_image_processor(vlm_config)
-        pipeline = LatteFlowPipeline(model, vlm, tokenizer, codec, pipeline_config, image_processor)
-        pipeline.save_components(folder / MODEL_FOLDER)
-        model.train()  # a pipeline turns it to evaluation
+        save_components(
+            folder / MODEL_FOLDER,
+            model.config,
+            components.pipeline_config,
+            tokenizer=components.tokenizer,
+            image_processor=image_processor,
+            vlm=components.vlm,
+        )

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from latte_flow.model.flow_matching import flow_matching_loss, interpolate
 from latte_flow.model.images import to_pil
 from latte_flow.model.latte_flow import LatteFlowModel
-from latte_flow.training.checkpoint.initial_weights import find_initial_weights
 from latte_flow.training.checkpoint.manifest import CHECKPOINTS_FOLDER, step_name
 from latte_flow.training.checkpoint.store import CheckpointStore
 from latte_flow.training.components import (
@@ -40,6 +39,7 @@ from latte_flow.training.distributed.batch_layout import make_batch_layout
 from latte_flow.training.distributed.collectives import print_once
 from latte_flow.training.distributed.ranks import arrange_ranks
 from latte_flow.training.errors import UserError
+from latte_flow.training.initial_weights import find_initial_weights
 from latte_flow.training.monitor.health import StepHealth
 from latte_flow.training.monitor.metrics import LossMeter, MetricsWriter, expert_gradient_norms
 from latte_flow.training.monitor.preemption import StopRequest

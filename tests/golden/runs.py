@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latte_flow.training.checkpoint.trained_weights import read_weights
+from latte_flow.training.checkpoint.opening import read_weights
 from tests.integration.conftest import CommandLines, Run
 from tests.integration.launching import metrics
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-from latte_flow.model.pipeline import VLM_FOLDER, LatteFlowPipeline
-from latte_flow.training import trainer
+from latte_flow.training import run_folder, trainer
+from latte_flow.training.checkpoint.model_folder import VLM_FOLDER
 from latte_flow.training.trainer import Trainer
 
 
@@ -69,11 +69,11 @@ def die_after_step() -> None:
 def die_while_starting() -> None:
     """End every rank at once when the first files of the output_dir are written and the model folder is not complete."""
 
-    def dying(self, folder):
+    def dying(folder, *args, **kwargs):
         (folder / VLM_FOLDER).mkdir(parents=True)
         os._exit(9)
 
-    LatteFlowPipeline.save_components = dying
+    run_folder.save_components = dying
 
 
 def measure_memory() -> None:

@@ -14,7 +14,7 @@ from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.partition import partition_dim, take_part
 from latte_flow.training.checkpoint.formats.zero_shards import ZeroShards
 from latte_flow.training.checkpoint.io import safe_unpickling
-from latte_flow.training.checkpoint.trained_weights import read_weights
+from latte_flow.training.checkpoint.opening import read_weights
 from latte_flow.training.configs.fields import Assumptions
 from latte_flow.training.configs.saved import load_config
 from latte_flow.training.dry_run import dry_run, format_table

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from latte_flow.training.checkpoint.manifest import manifest_digest, read_manifest
-from latte_flow.training.checkpoint.trained_weights import find_checkpoint
+from latte_flow.training.checkpoint.opening import find_checkpoint
 from latte_flow.training.configs.deepspeed import load_deepspeed_config
 from latte_flow.training.configs.fields import TrainingConfig
 from latte_flow.training.configs.parser import DEFAULT_CONFIG, parse_config

@@ -3,13 +3,16 @@
 import copy
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from latte_flow.training.configs.bundled import find_file
 from latte_flow.training.configs.fields import TrainingConfig
-from latte_flow.training.distributed.batch_layout import BatchLayout
 from latte_flow.training.errors import UserError
+
+if TYPE_CHECKING:  # distributed/ lies above configs/
+    from latte_flow.training.distributed.batch_layout import BatchLayout
 
 SUPPORTED_STAGES = (1, 2, 3)
 UNCHECKED = {"steps_per_print": int, "wall_clock_breakdown": bool, "zero_force_ds_cpu_optimizer": bool}
@@ -25,7 +28,7 @@ def deepspeed_file(config: TrainingConfig) -> Path:
     return find_file("deepspeed", config.deepspeed, "ds_configs", ".json")
 
 
-def load_deepspeed_config(config: TrainingConfig, layout: BatchLayout) -> dict:
+def load_deepspeed_config(config: TrainingConfig, layout: "BatchLayout") -> dict:
     """Return DeepSpeed's configuration for this run.
 
     A field that is "auto", or one of the batch size, clipping and precision fields left out, takes the training configuration's
