@@ -235,16 +235,8 @@ class Campaign:
         if result.starts[-1].requeue:
             result.problems.append("the finished run still asks to be requeued")
         result.left_behind = left_behind(run, self.reference)
-        if not any(self._stopped_between(start) for start in result.starts):
+        if not any(stopped_between(start, self.schedule.save_every) for start in result.starts):
             result.problems += [f"left behind: {name}" for name in result.left_behind]
-
-    def _stopped_between(self, start: Start) -> bool:
-        """Whether a start was asked to stop and left a checkpoint of any step, which is kept like others.
-
-        Ranks that live on are asked by the end of their launcher.
-        """
-        asked = start.fault is not None and start.fault.action not in (ONE_RANK, ALL_RANKS)
-        return asked and bool(start.stopped_at and start.stopped_at % self.schedule.save_every)
 
     def _launch(self, script: str, run: Path, log: Path, watch: Watch | None = None, workers: int = 0) -> Launch:
         arguments = [*self.arguments, "--data.num_workers", str(workers), "--output_dir", str(run)]
@@ -321,6 +313,15 @@ class Campaign:
             start.damaged = (
                 f"{newest}/{damage(run / 'checkpoints' / newest, fault.damage, fault.damaged_file)} {fault.damage}"
             )
+
+
+def stopped_between(start: Start, save_every: int) -> bool:
+    """Return whether a start was asked to stop and left a checkpoint of a step between two saves, which is kept like others.
+
+    Ranks that live on are asked by the end of their launcher.
+    """
+    asked = start.fault is not None and start.fault.action not in (ONE_RANK, ALL_RANKS)
+    return asked and start.stopped_at is not None and start.stopped_at % save_every != 0
 
 
 def _do(fault: Fault, launch: Launch, ranks: dict[int, int], run: Path) -> None:

@@ -5,17 +5,20 @@ from dataclasses import replace
 import pytest
 
 from latte_flow.training.configs.parser import parse_config
-from tests.faults.campaign import training_arguments
+from tests.faults.campaign import Start, stopped_between, training_arguments
 from tests.faults.inspection import VALID, checkpoint_states, damage, left_behind, newest_valid, resumed_from
-from tests.faults.moments import REMOVAL, RESUME, saved_step
+from tests.faults.moments import REMOVAL, RESUME, STEP, saved_step
 from tests.faults.plan import (
     ALL_RANKS,
     DAMAGES,
     KILL_MOMENTS,
+    LAUNCHER,
     LEAVES,
     SIGNAL_MOMENTS,
     STOPS,
+    TERM,
     VICTIMS,
+    Fault,
     Schedule,
     kill_cases,
     signal_cases,
@@ -138,6 +141,14 @@ class TestJudge:
         write_checkpoint(tmp_path / "ours", 3)
         (tmp_path / "ours" / "checkpoints" / "latest").write_text("step_0000003")
         assert left_behind(tmp_path / "ours", tmp_path / "reference") == ["step_0000003", "latest: step_0000003"]
+
+    @pytest.mark.parametrize(
+        ("action", "step", "between"),
+        [(LAUNCHER, 10, True), (TERM, 11, True), (TERM, 9, False), (ALL_RANKS, 10, False)],
+    )
+    def test_only_who_is_asked_to_stop_may_leave_another_steps_checkpoint(self, action, step, between):
+        start = Start(Fault(action, STEP, 10), before={}, stopped_at=step)
+        assert stopped_between(start, save_every=3) is between
 
     @pytest.mark.parametrize(
         ("path", "step"),
