@@ -13,7 +13,7 @@ settings.register_profile("reproducible", derandomize=True, deadline=None, datab
 settings.load_profile("reproducible")
 
 
-LONGEST = ("test_digits_quality.py", "test_fault_campaign.py", "slurm", "integration")
+LONGEST = ("test_digits_quality.py", "faults", "slurm", "integration")
 """Files or folders that launch/run_tests.sh starts first, so that no process is left with one of them at the end."""
 
 SLOW_FOLDERS = {"integration", "slurm", "faults", "golden", "gpu"}
@@ -23,7 +23,9 @@ TESTS = Path(__file__).parent
 
 def pytest_collection_modifyitems(items):
     items.sort(
-        key=lambda item: min([i for i, name in enumerate(LONGEST) if name in item.path.parts], default=len(LONGEST))
+        key=lambda item: min(
+            [i for i, name in enumerate(LONGEST) if name in item.path.relative_to(TESTS).parts], default=len(LONGEST)
+        )
     )
     for item in items:
         if not SLOW_FOLDERS.isdisjoint(item.path.relative_to(TESTS).parts):

@@ -1,38 +1,35 @@
 """The fault campaign's plan depends on its seed alone, and its judge sees every kind of damage."""
 
-import json
 from dataclasses import replace
 
 import pytest
 
-from latte_flow.tools.fault_campaign import claim_folder, earlier_result, main, training_arguments
-from latte_flow.tools.faults.campaign import Result, Start
-from latte_flow.tools.faults.inspection import VALID, checkpoint_states, damage, left_behind, newest_valid, resumed_from
-from latte_flow.tools.faults.moments import LAUNCH, REMOVAL, RESUME, saved_step
-from latte_flow.tools.faults.plan import (
+from latte_flow.training.configs.parser import parse_config
+from tests.faults.campaign import Start, stopped_between, training_arguments
+from tests.faults.inspection import VALID, checkpoint_states, damage, left_behind, newest_valid, resumed_from
+from tests.faults.moments import REMOVAL, RESUME, STEP, saved_step
+from tests.faults.plan import (
     ALL_RANKS,
     DAMAGES,
     KILL_MOMENTS,
+    LAUNCHER,
     LEAVES,
     SIGNAL_MOMENTS,
     STOPS,
+    TERM,
     VICTIMS,
-    Case,
     Fault,
     Schedule,
     kill_cases,
     signal_cases,
 )
-from latte_flow.tools.faults.tables import kill_table, one_line, signal_table
-from latte_flow.training.configs.parser import parse_config
-from latte_flow.training.errors import UserError
 from tests.unit.test_checkpoint_files import CONTENTS, write_checkpoint
 
 SCHEDULE = Schedule(max_steps=12, save_every=3, grid_every=3, keep_last=2, batch=64)
 
 
 def kills(seed=0, runs=60, kills_per_run=1, schedule=SCHEDULE):
-    return kill_cases(schedule, seed=seed, runs=runs, kills_per_run=kills_per_run, ranks=2)
+    return kill_cases(schedule, seed=seed, runs=runs, kills_per_run=kills_per_run)
 
 
 class TestPlan:
@@ -65,7 +62,7 @@ class TestPlan:
 
     @pytest.mark.parametrize("number", [0, 5])
     def test_a_run_has_a_checkpoint_for_each_kill(self, number):
-        with pytest.raises(UserError, match=r"kills_per_run: got \d; accepted: 1 to 4"):
+        with pytest.raises(ValueError, match=r"kills_per_run: got \d; accepted: 1 to 4"):
             kills(kills_per_run=number)
 
     def test_moments_that_never_come_are_not_drawn(self):
@@ -74,7 +71,7 @@ class TestPlan:
         assert not drawn & {"drawing the grid", REMOVAL}
 
     def test_each_signal_comes_in_each_moment_and_before_the_end(self):
-        cases = signal_cases(SCHEDULE, ranks=2)
+        cases = signal_cases(SCHEDULE)
         pairs = [(case.faults[0].action, case.faults[0].moment) for case in cases]
         assert sorted(pairs) == sorted((s, m) for s in (*STOPS, *LEAVES) for m in SIGNAL_MOMENTS)
         assert all(case.faults[0].step < SCHEDULE.max_steps - 1 for case in cases)
@@ -82,18 +79,18 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ("--checkpoint.every 5", "checkpoint.every: got 5 with max_steps 12"),
-            ("--checkpoint.every 2", "checkpoint.every: got 2 with max_steps 12"),
-            ("--max_steps 9", "checkpoint.every: got 3 with max_steps 9"),
-            ("--logging.every 2", "logging.every: got 2; accepted: 1"),
+            ({"checkpoint.every": 5}, "checkpoint.every: got 5 with max_steps 12"),
+            ({"checkpoint.every": 2}, "checkpoint.every: got 2 with max_steps 12"),
+            ({"max_steps": 9}, "checkpoint.every: got 3 with max_steps 9"),
+            ({"logging.every": 2}, "logging.every: got 2; accepted: 1"),
         ],
     )
     def test_a_training_without_room_for_faults_is_refused(self, fields, message):
-        with pytest.raises(UserError, match=message):
-            Schedule.of(parse_config(training_arguments(fields.split())))
+        with pytest.raises(ValueError, match=message):
+            Schedule.of(parse_config(training_arguments(fields)))
 
     def test_the_default_training_has_room(self):
-        assert Schedule.of(parse_config(training_arguments([]))) == SCHEDULE
+        assert Schedule.of(parse_config(training_arguments())) == SCHEDULE
 
 
 class TestJudge:
@@ -146,6 +143,14 @@ class TestJudge:
         assert left_behind(tmp_path / "ours", tmp_path / "reference") == ["step_0000003", "latest: step_0000003"]
 
     @pytest.mark.parametrize(
+        ("action", "step", "between"),
+        [(LAUNCHER, 10, True), (TERM, 11, True), (TERM, 9, False), (ALL_RANKS, 10, False)],
+    )
+    def test_only_who_is_asked_to_stop_may_leave_another_steps_checkpoint(self, action, step, between):
+        start = Start(Fault(action, STEP, 10), before={}, stopped_at=step)
+        assert stopped_between(start, save_every=3) is between
+
+    @pytest.mark.parametrize(
         ("path", "step"),
         [
             ("runs/x/checkpoints/step_0000006.partial/mp_rank_00_model_states.pt", 6),
@@ -155,68 +160,3 @@ class TestJudge:
     )
     def test_which_step_a_path_belongs_to(self, path, step):
         assert saved_step(path) == step
-
-
-def result_of(action: str, moment: str, **second) -> Result:
-    first = Start(Fault(action, moment, 6), before={}, after={"step_0000003": VALID, "step_0000006.partial": "partial"})
-    then = Start(None, before=first.after, exit_code=0, **second)
-    return Result(Case(0, (first.fault,)), [first, then], {"weights": True, "metrics": True, "grids": True})
-
-
-class TestReport:
-    def test_a_result_is_read_as_it_was_written(self):
-        result = result_of(ALL_RANKS, "save: before latest", resumed_from="step_0000003")
-        assert Result.from_json(result.to_json()) == result
-
-    def test_a_torn_checkpoint_that_was_accepted_is_counted(self):
-        good = result_of(ALL_RANKS, "save: before latest", resumed_from="step_0000003")
-        assert kill_table([good]).splitlines()[-1] == "| **all** |  | 1 | 1 | 0 | 0 | 1 | 1 | 0 |"
-        bad = result_of(ALL_RANKS, "save: before latest", resumed_from="step_0000006.partial", resumed_wrong=True)
-        assert kill_table([good, bad]).splitlines()[-1] == "| **all** |  | 2 | 2 | 0 | 1 | 1 | 2 | 0 |"
-
-    def test_a_broken_promise_is_told(self):
-        result = result_of(STOPS[0], SIGNAL_MOMENTS[0], resumed_from="step_0000003")
-        result.problems = ["no file requeue"]
-        assert one_line(result).startswith("BROKEN SIGTERM to all: save: a shard half written 6 -> no file requeue")
-        assert "no file requeue" in signal_table([result])
-
-    def test_an_interrupted_campaign_goes_on_with_the_results_of_its_own_plan(self, tmp_path):
-        result = result_of(ALL_RANKS, LAUNCH)
-        assert earlier_result(tmp_path, result.case) is None
-        (tmp_path / "run_000").mkdir()
-        (tmp_path / "run_000" / "result.json").write_text(result.to_json())
-        assert earlier_result(tmp_path, result.case) == result
-        assert earlier_result(tmp_path, Case(0, (Fault(ALL_RANKS, LAUNCH, 0, rank=1),))) is None
-
-
-class TestCommandLine:
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ("--runs 0", "runs: got 0; accepted: 1 or more"),
-            ("--ranks 0", "ranks: got 0; accepted: 1 or more"),
-            ("--kills_per_run 9", "kills_per_run: got 9; accepted: 1 to 4"),
-            ("--only 60", "only: got 60; accepted: 0 to 59"),
-            ("-- --output_dir x", "output_dir: is set by the campaign"),
-            ("-- --data.num_workers=2", "data.num_workers: is set by the campaign"),
-            ("-- --logging.every 4", "logging.every: got 4"),
-        ],
-    )
-    def test_a_wrong_value_is_named(self, tmp_path, monkeypatch, arguments, message):
-        output = tmp_path / "campaign"
-        monkeypatch.setattr("sys.argv", ["fault_campaign.py", "kill", "--output", str(output), *arguments.split()])
-        with pytest.raises(UserError, match=message):
-            main()
-        assert not output.exists()
-
-    def test_a_folder_of_something_else_is_refused(self, tmp_path):
-        (tmp_path / "file").touch()
-        with pytest.raises(UserError, match="exists and is no campaign's"):
-            claim_folder(tmp_path, {"seed": 0})
-
-    def test_a_folder_of_another_campaign_is_refused(self, tmp_path):
-        claim_folder(tmp_path / "new", {"seed": 0})
-        claim_folder(tmp_path / "new", {"seed": 0})
-        assert json.loads((tmp_path / "new" / "campaign.json").read_text()) == {"seed": 0}
-        with pytest.raises(UserError, match="holds another campaign"):
-            claim_folder(tmp_path / "new", {"seed": 1})

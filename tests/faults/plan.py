@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from random import Random
 
-from latte_flow.tools.faults.moments import (
+from latte_flow.training.configs.fields import TrainingConfig
+from tests.faults.moments import (
     ANYWHERE,
     BUILD,
     DATA,
@@ -22,8 +23,9 @@ from latte_flow.tools.faults.moments import (
     SAVE_MOMENTS,
     STEP,
 )  # fmt: skip
-from latte_flow.training.configs.fields import TrainingConfig
-from latte_flow.training.errors import UserError
+
+RANKS = 2
+"""Processes of each training."""
 
 ONE_RANK, ALL_RANKS, LAUNCHER = "one rank", "all ranks", "the launcher"
 VICTIMS = (ONE_RANK, ALL_RANKS, LAUNCHER)
@@ -39,6 +41,8 @@ from which the others learn of it; the stop file is what a batch script writes b
 LEAVES = (TERM_TWICE, USR1_TWICE)
 """How a run is made to leave at once, without a checkpoint: the same signal again, to every rank."""
 SIGNAL_MOMENTS = (HALF_SHARD, STEP, GRID, DATA)
+SIGNAL_CHAINS = [[pair] for pair in product((*STOPS, *LEAVES), SIGNAL_MOMENTS)]
+"""A run for every pair of a signal and a moment."""
 
 DAMAGES = ("cut", "flipped", "lost")
 """What a power failure or a bad disk does to a file of the newest checkpoint: cut to its half, one bit flipped, gone."""
@@ -71,16 +75,16 @@ class Schedule:
         """Return a training configuration's.
 
         Raises:
-            UserError: when faults cannot be placed in it.
+            ValueError: when faults cannot be placed in it.
         """
         every = config.checkpoint.every
         if config.max_steps % every or config.max_steps < 4 * every or every < 3:
-            raise UserError(
+            raise ValueError(
                 f"checkpoint.every: got {every} with max_steps {config.max_steps}; accepted: 3 or more, and max_steps a "
                 "multiple of it, 4 times or more"
             )
         if config.logging.every != 1:
-            raise UserError(f"logging.every: got {config.logging.every}; accepted: 1, every step is compared")
+            raise ValueError(f"logging.every: got {config.logging.every}; accepted: 1, every step is compared")
         return Schedule(
             config.max_steps, every, config.sample.every, config.checkpoint.keep_last, config.global_batch_size
         )
@@ -114,7 +118,7 @@ class Fault:
 
     Args:
         action: of VICTIMS, killed with SIGKILL; or of STOPS or LEAVES.
-        moment: of tools/faults/moments.py.
+        moment: of moments.py.
         step: whose moment it is.
         rank: who is killed by ONE_RANK or signalled by USR1, and whose shard is half written; counted from 0.
         fraction: where in the moment it comes, 0 to 1.
@@ -141,13 +145,11 @@ class Fault:
 class Case:
     """One training run and the faults that it suffers, in order."""
 
-    number: int
+    name: str
     faults: tuple[Fault, ...]
 
 
-def kill_cases(
-    schedule: Schedule, *, seed: int, runs: int, kills_per_run: int, ranks: int, moments: Sequence[str] = KILL_MOMENTS
-) -> list[Case]:
+def kill_cases(schedule: Schedule, *, seed: int, runs: int, kills_per_run: int = 1) -> list[Case]:
     """Return the runs of a campaign of kills.
 
     The pairs of a victim and a moment are dealt in a shuffled order, over and over, so that each comes equally often.
@@ -157,15 +159,13 @@ def kill_cases(
         seed: of everything that is drawn.
         runs: how many cases.
         kills_per_run: in each; a kill while resuming needs one before it, which is not counted.
-        ranks: processes of the training.
-        moments: to draw from.
 
     Raises:
-        UserError: when a run has too few checkpoints for so many kills.
+        ValueError: when a run has too few checkpoints for so many kills.
     """
     if not 1 <= kills_per_run <= schedule.intervals:
-        raise UserError(f"kills_per_run: got {kills_per_run}; accepted: 1 to {schedule.intervals}, a checkpoint each")
-    possible = [m for m in moments if any(schedule.steps(m, i) for i in range(schedule.intervals))]
+        raise ValueError(f"kills_per_run: got {kills_per_run}; accepted: 1 to {schedule.intervals}, a checkpoint each")
+    possible = [m for m in KILL_MOMENTS if any(schedule.steps(m, i) for i in range(schedule.intervals))]
     deck = _deal(list(product(VICTIMS, possible)), Random(f"{seed} order"))
     waiting: list[tuple[str, str]] = []
     cases = []
@@ -181,7 +181,7 @@ def kill_cases(
                 action=victim,
                 moment=moment,
                 step=step,
-                rank=random.randrange(ranks),
+                rank=random.randrange(RANKS),
                 fraction=random.random(),
                 orphan_seconds=random.uniform(0, _longest_orphans(moment, alone=kills_per_run == 1)),
                 damage=random.choice(DAMAGES) if random.random() < 0.25 else "",
@@ -190,7 +190,7 @@ def kill_cases(
             if moment == RESUME:
                 faults.append(replace(fault, action=ALL_RANKS, moment=STEP, damage="", orphan_seconds=0.0))
             faults.append(fault)
-        cases.append(Case(number, tuple(faults)))
+        cases.append(Case(f"kill-{number}", tuple(faults)))
     return cases
 
 
@@ -218,19 +218,13 @@ def _next_fitting(deck: Iterator, waiting: list, schedule: Schedule, free: range
         passed.append((victim, moment))
 
 
-def signal_cases(
-    schedule: Schedule, *, ranks: int, chains: Sequence[Sequence[tuple[str, str]]] | None = None
-) -> list[Case]:
-    """Return the runs of the table of signals.
+def signal_cases(schedule: Schedule, chains: Sequence[Sequence[tuple[str, str]]] = SIGNAL_CHAINS) -> list[Case]:
+    """Return the runs of a campaign of signals.
 
     Args:
         schedule: the training run's.
-        ranks: processes of the training.
-        chains: for each run its (signal, moment) pairs; the pair at place j comes in the run's interval j. Default: a run for
-            every pair.
+        chains: for each run its (signal, moment) pairs; the pair at place j comes in the run's interval j.
     """
-    if chains is None:
-        chains = [[pair] for pair in product((*STOPS, *LEAVES), SIGNAL_MOMENTS)]
     cases = []
     for number, chain in enumerate(chains):
         faults = []
@@ -244,7 +238,7 @@ def signal_cases(
             )
             workers = int(moment == DATA or action == TERM)
             seconds = LEAVE_SECONDS if action in LEAVES else STOP_SECONDS
-            rank = ranks - 1 if moment != HALF_SHARD else 0
+            rank = RANKS - 1 if moment != HALF_SHARD else 0
             faults.append(Fault(action, moment, step, rank=rank, fraction=0.2, seconds=seconds, workers=workers))
-        cases.append(Case(number, tuple(faults)))
+        cases.append(Case(f"signal-{number}", tuple(faults)))
     return cases

@@ -1,8 +1,10 @@
 """The moments of a training run that a fault can be put into: made long, and announced, inside the ranks.
 
+As a script it is training/main.py with such a moment, and takes the same command line.
+
 The product knows nothing of this. What takes a millisecond in a small run (a write, a rename, a batch) is wrapped in the ranks'
 processes so that it takes ``Watch.seconds``; before and after, a line goes to a file of events that the campaign reads. The
-wrappers sit at torch and the operating system where they can, so that they hold however training/checkpoint/store.py is written.
+wrappers sit at torch and the operating system where they can, so that they hold however the product saves.
 
 Events are JSON objects, one a line: event, rank, pid, and for some step:
 
@@ -16,7 +18,9 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -59,11 +63,6 @@ class Watch:
     def variables(self) -> dict[str, str]:
         """Return the environment variable that hands this to the ranks."""
         return {VARIABLE: json.dumps(asdict(self))}
-
-    @staticmethod
-    def of_environment() -> "Watch":
-        """Return what the campaign handed to this process."""
-        return Watch(**json.loads(os.environ[VARIABLE]))
 
 
 def read_events(path: Path) -> list[dict]:
@@ -280,3 +279,11 @@ def saved_step(path) -> int:
         path = getattr(path, "name", "")
     found = re.search(r"checkpoints/step_(\d+)", str(path))
     return int(found.group(1)) if found else 0
+
+
+if __name__ == "__main__":
+    moments = Moments(Watch(**json.loads(os.environ[VARIABLE])))
+    moments.announce("start")
+    moments.install()
+    sys.argv[0] = str(Path(__file__).resolve().parents[2] / "training" / "main.py")
+    runpy.run_path(sys.argv[0], run_name="__main__")

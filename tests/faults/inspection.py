@@ -60,7 +60,7 @@ def step_of(name: str) -> int:
 
 
 def damage(folder: Path, kind: str, which: float) -> str:
-    """Damage one file of a checkpoint (tools/faults/plan.py, DAMAGES) and return which; ``which``: 0 to 1 of the sorted files."""
+    """Damage one file of a checkpoint (plan.py, DAMAGES) and return which; ``which``: 0 to 1 of the sorted files."""
     files = sorted(json.loads((folder / "manifest.json").read_text())["files"])
     file = folder / files[int(which * len(files))]
     content = bytearray(file.read_bytes())

@@ -15,9 +15,11 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-from latte_flow.tools.faults.inspection import (
+from latte_flow.training.configs.parser import parse_config
+from tests.faults.inspection import (
     VALID,
     checkpoint_states,
     compare,
@@ -28,22 +30,15 @@ from latte_flow.tools.faults.inspection import (
     resumed_from,
     step_of,
 )  # fmt: skip
-from latte_flow.tools.faults.launches import (
-    POLL_SECONDS,
-    Launch,
-    Starter,
-    kill_group,
-    send,
-    wait_for_end,
-    with_descendants,
-)
-from latte_flow.tools.faults.moments import ANYWHERE, DATA, LAUNCH, Watch, read_events
-from latte_flow.tools.faults.plan import (
+from tests.faults.launches import POLL_SECONDS, Launch, Starter, kill_group, send, wait_for_end, with_descendants
+from tests.faults.moments import ANYWHERE, DATA, LAUNCH, Watch, read_events
+from tests.faults.plan import (
     ALL_RANKS,
     KILL_SECONDS,
     LAUNCHER,
     LEAVES,
     ONE_RANK,
+    RANKS,
     STOP_FILE,
     STOPS,
     TERM,
@@ -53,22 +48,34 @@ from latte_flow.tools.faults.plan import (
     Fault,
     Schedule,
 )  # fmt: skip
-from latte_flow.training.errors import UserError
-from latte_flow.training.monitor import preemption
 
-PLAIN, WATCHED = "training/main.py", "tools/faults/slowed_training.py"
+TRAINING = {
+    "deepspeed": "ds_configs/zero2.json",
+    "max_steps": 12,
+    "global_batch_size": 64,
+    "optimizer.warmup_steps": 4,
+    "checkpoint.every": 3,
+    "checkpoint.keep_last": 2,
+    "logging.every": 1,
+    "sample.every": 3,
+    "sample.num_images": 20,
+    "sample.num_steps": 8,
+}
+"""The digits preset, cut short: twelve steps, four checkpoints of which two are kept, four grids."""
+PLAIN, WATCHED = "training/main.py", "tests/faults/moments.py"
+EXIT_STOPPED, STOP_MARK, REQUEUE_MARK = 75, "stop", "requeue"
+"""What is documented of a run that is asked to stop. Not imported: a change of the product's must be noticed."""
+REPEAT_SECONDS = 2.5
+"""A signal that comes again after this time is a second request."""
 LIMIT = 600.0
 """Seconds after which a start, or what a fault has left of it, counts as hanging."""
 ATTEMPTS = 3
 """How often a case is tried whose fault came too late for its moment, on a machine that was busy with something else."""
 
 
-@dataclass(frozen=True)
-class Pace:
-    """How fast a run is, in seconds: from the start of its processes to its first step, and from one checkpoint to the next."""
-
-    startup_seconds: float
-    interval_seconds: float
+def training_arguments(fields: dict | None = None) -> list[str]:
+    """Return the training arguments of all runs of a campaign: TRAINING, with some fields changed or added."""
+    return [text for name, value in (TRAINING | (fields or {})).items() for text in (f"--{name}", str(value))]
 
 
 @dataclass
@@ -77,12 +84,10 @@ class Start:
 
     Attributes:
         fault: what was done to it; None for the start that is left to finish.
-        before: the states of the checkpoints at its beginning (tools/faults/inspection.py).
+        before: the states of the checkpoints at its beginning (inspection.py).
         resumed_from: the checkpoint that it says it went on from.
-        resumed_wrong: whether that is another one than the newest valid one.
         exit_code: the launcher's; None when it never ended.
         seconds: from the fault to the end of all processes.
-        orphans: processes that outlived their killed launcher.
         damaged: what was damaged after the fault.
         after: the states of the checkpoints then.
         stopped_at: step of the newest valid checkpoint then.
@@ -92,24 +97,27 @@ class Start:
     fault: Fault | None
     before: dict[str, str]
     resumed_from: str | None = None
-    resumed_wrong: bool = False
     exit_code: int | None = None
     seconds: float = 0.0
-    orphans: int = 0
     damaged: str = ""
     after: dict[str, str] = field(default_factory=dict)
     stopped_at: int | None = None
     requeue: bool = False
 
-    @property
-    def accepted_torn(self) -> bool:
-        """Whether it went on from something that is no valid checkpoint."""
-        return self.resumed_from is not None and self.before.get(self.resumed_from) != VALID
-
 
 @dataclass
 class Result:
-    """What happened to a case; ``missed``: a fault came when its moment was already over."""
+    """What happened to a case.
+
+    Attributes:
+        case: what was planned.
+        starts: what was met, for each start.
+        equal: what of the finished run equals the undisturbed one's.
+        left_behind: what lies in its checkpoints folder, and not in the other's.
+        problems: broken promises; none: the case has passed.
+        missed: whether a fault came when its moment was already over.
+        seconds: of everything.
+    """
 
     case: Case
     starts: list[Start] = field(default_factory=list)
@@ -119,18 +127,6 @@ class Result:
     missed: bool = False
     seconds: float = 0.0
 
-    def to_json(self) -> str:
-        """Return this as JSON text."""
-        return json.dumps(asdict(self), indent=1)
-
-    @staticmethod
-    def from_json(text: str) -> "Result":
-        """Return what ``to_json`` wrote."""
-        fields = json.loads(text)
-        case = Case(fields["case"]["number"], tuple(Fault(**f) for f in fields["case"]["faults"]))
-        starts = [Start(**s | {"fault": s["fault"] and Fault(**s["fault"])}) for s in fields["starts"]]
-        return Result(**fields | {"case": case, "starts": starts})
-
 
 class Campaign:
     """The runs of a plan, all with the same arguments, and the undisturbed run that they are compared with.
@@ -138,66 +134,52 @@ class Campaign:
     Args:
         start: starts the ranks.
         arguments: of training/main.py, without output_dir and data.num_workers.
-        schedule: of these arguments.
-        ranks: processes that ``start`` starts.
-        output: folder for everything.
+        output: folder for everything; logs stay, what a run trained is kept where a promise was broken.
+        report: JSON Lines, one Result a case, in the order in which they were run; None: report.jsonl in the folder.
+
+    Raises:
+        ValueError: when the arguments leave no room for faults.
     """
 
-    def __init__(self, *, start: Starter, arguments: Sequence[str], schedule: Schedule, ranks: int, output: Path):
-        self.start, self.arguments, self.schedule, self.ranks, self.output = (
-            start,
-            list(arguments),
-            schedule,
-            ranks,
-            output,
-        )
-        self.reference = output / "reference"
-        self._pace: Pace | None = None
-        self._launches: list[Launch] = []
+    def __init__(self, *, start: Starter, arguments: Sequence[str], output: Path, report: Path | None = None):
+        self.start, self.arguments, self.output = start, list(arguments), output
+        self.schedule = Schedule.of(parse_config(self.arguments))
+        self.reference, self.report = output / "reference", report or output / "report.jsonl"
+        self._running: Launch | None = None
+        self._results: dict[Case, Result] = {}
 
     def close(self) -> None:
         """End what is still running, when the campaign itself is interrupted."""
-        for launch in self._launches:
-            kill_group(launch)
+        if self._running:
+            kill_group(self._running)
 
-    @property
-    def pace(self) -> "Pace":
-        """How fast the undisturbed run was; trains it if there is none.
-
-        Raises:
-            UserError: when that run fails.
-        """
-        if self._pace is None:
-            note = self.output / "reference.json"
-            if not note.exists():
-                note.write_text(json.dumps(asdict(self._train_reference())))
-            self._pace = Pace(**json.loads(note.read_text()))
-        return self._pace
-
-    def _train_reference(self) -> "Pace":
-        shutil.rmtree(self.reference, ignore_errors=True)
-        self.output.mkdir(parents=True, exist_ok=True)
+    @cached_property
+    def pace(self) -> dict[str, float]:
+        """Seconds from the start of the undisturbed run to its first step, and from one checkpoint to the next."""
         log, events = self.output / "reference.log", self.output / "reference.events"
-        for path in (log, events):
-            path.unlink(missing_ok=True)
         launch = self._launch(WATCHED, self.reference, log, Watch(str(events)))
         times = []
-        for event, count in (("start", self.ranks), ("train", 1), ("train", self.ranks * self.schedule.max_steps)):
-            self._wait(launch, events, lambda seen, event=event, count=count: _count(seen, event) >= count)
-            times.append(time.monotonic())
-        if not wait_for_end(launch, LIMIT) or launch.poll() != 0:
-            raise UserError(
-                f"{log}: the run that nothing disturbs ended with {launch.poll()}; accepted: arguments that train"
+        for event, count in (("start", RANKS), ("train", 1), ("train", RANKS * self.schedule.max_steps)):
+            self._wait(
+                launch, events, lambda seen, event=event, count=count: [e["event"] for e in seen].count(event) >= count
             )
-        return Pace(times[1] - times[0], (times[2] - times[1]) / self.schedule.intervals)
+            times.append(time.monotonic())
+        assert wait_for_end(launch, LIMIT) and launch.poll() == 0, f"the undisturbed run failed: see {log}"  # noqa: PT018
+        return {LAUNCH: times[1] - times[0], ANYWHERE: (times[2] - times[1]) / self.schedule.intervals}
 
     def run(self, case: Case) -> Result:
-        """Run a case, again where a fault came too late, and write its result to ``run_NNN/result.json``."""
-        folder = self.output / f"run_{case.number:03d}"
+        """Run a case, again where a fault came too late, and add its result to the report; a case is run once."""
+        if case not in self._results:
+            self._results[case] = result = self._attempts(case, self.output / case.name)
+            with self.report.open("a") as stream:
+                stream.write(json.dumps(asdict(result)) + "\n")
+        return self._results[case]
+
+    def _attempts(self, case: Case, folder: Path) -> Result:
         _ = self.pace
         for _ in range(ATTEMPTS):
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            folder.mkdir()
             begin = time.monotonic()
             result = self._run(case, folder)
             result.seconds = time.monotonic() - begin
@@ -205,7 +187,6 @@ class Campaign:
                 break
         if result.missed and not result.problems:
             result.problems.append(f"no fault was put into its moment in {ATTEMPTS} attempts: nothing is shown")
-        (folder / "result.json").write_text(result.to_json())
         if not result.problems:
             shutil.rmtree(folder / "run")
         return result
@@ -217,7 +198,8 @@ class Campaign:
             result.starts.append(start)
             log, events = folder / f"start_{number}.log", folder / f"start_{number}.events"
             if fault:
-                watch = self._watch(fault, events)
+                index = (fault.step - 1) * self.schedule.batch
+                watch = Watch(str(events), fault.moment, fault.step, fault.seconds, fault.rank, first_index=index)
                 launch = self._launch(WATCHED, run, log, watch, workers=fault.workers)
                 self._suffer(fault, launch, run, events, start, result)
             else:
@@ -226,48 +208,40 @@ class Campaign:
                     result.problems.append(f"start {number} hung for {LIMIT:.0f} s")
                 start.exit_code = launch.poll()
                 if start.exit_code != 0:
-                    result.problems.append(
-                        f"start {number}, left to finish, ended with {start.exit_code}: see {log.name}"
-                    )
+                    result.problems.append(f"start {number}, left to finish, ended with {start.exit_code}: see {log}")
             start.after = checkpoint_states(run)
             newest = newest_valid(start.after)
             start.stopped_at = newest and step_of(newest)
-            start.requeue = (run / preemption.REQUEUE_FILE).exists()
+            start.requeue = (run / REQUEUE_MARK).exists()
             self._check_resume(start, log, events, number, result)
             if fault and not result.missed:
-                (_check_kill if fault.action in VICTIMS else _check_signal)(
-                    start, run, read_events(events), number, result
-                )
+                if fault.action not in VICTIMS:
+                    _check_signal(start, run, read_events(events), result)
+                elif start.exit_code == 0 and fault.action != LAUNCHER:
+                    result.problems.append(
+                        f"start {number}: the launcher ended with 0 after {fault.action} had been killed"
+                    )
                 self._damage(fault, run, start)
             if result.problems or result.missed:
                 return result
+        self._check_end(result, run)
+        return result
+
+    def _check_end(self, result: Result, run: Path) -> None:
         result.equal = compare(run, self.reference, self.schedule.max_steps)
         result.problems += [
             f"{name} differ from the undisturbed run's" for name, equal in result.equal.items() if not equal
         ]
-        if start.requeue:
+        if result.starts[-1].requeue:
             result.problems.append("the finished run still asks to be requeued")
         result.left_behind = left_behind(run, self.reference)
-        if all(
-            fault.action in VICTIMS for fault in case.faults
-        ):  # a signal's checkpoint, of any step, is kept like others
+        if not any(stopped_between(start, self.schedule.save_every) for start in result.starts):
             result.problems += [f"left behind: {name}" for name in result.left_behind]
-        return result
 
     def _launch(self, script: str, run: Path, log: Path, watch: Watch | None = None, workers: int = 0) -> Launch:
         arguments = [*self.arguments, "--data.num_workers", str(workers), "--output_dir", str(run)]
-        self._launches = [self.start(script, arguments, log, watch.variables() if watch else {})]
-        return self._launches[0]
-
-    def _watch(self, fault: Fault, events: Path) -> Watch:
-        return Watch(
-            events=str(events),
-            moment=fault.moment,
-            step=fault.step,
-            seconds=fault.seconds,
-            rank=fault.rank,
-            first_index=(fault.step - 1) * self.schedule.batch,
-        )
+        self._running = self.start(script, arguments, log, watch.variables() if watch else {})
+        return self._running
 
     def _wait(self, launch: Launch, events: Path, happened: Callable[[list[dict]], bool]) -> bool:
         """Wait for events; return False when the launch ended before them, or hung."""
@@ -285,7 +259,7 @@ class Campaign:
             begun = [e for e in seen if e["event"] == "start"]
             trains = any(e["event"] == "train" and e["step"] == fault.step for e in seen)
             if fault.moment == LAUNCH:
-                return len(begun) == self.ranks
+                return len(begun) == RANKS
             if fault.moment == ANYWHERE:
                 return trains
             return any(e["event"] == "inside" for e in seen) and (trains or fault.moment != DATA)
@@ -296,13 +270,10 @@ class Campaign:
             # After a fault whose victims trained on for longer than planned, this one's moment may lie in the past.
             result.missed = start.exit_code == 0
             if not result.missed:
-                ended = f"the start ended before, with {start.exit_code}: see {events.with_suffix('.log').name}"
+                ended = f"the start ended before, with {start.exit_code}: see {events.with_suffix('.log')}"
                 result.problems.append(f"{fault.moment}, step {fault.step}: {ended}")
             return
-        window = {LAUNCH: self.pace.startup_seconds, ANYWHERE: self.pace.interval_seconds}.get(
-            fault.moment, min(fault.seconds, KILL_SECONDS)
-        )
-        time.sleep(0.7 * fault.fraction * window)
+        time.sleep(0.7 * fault.fraction * self.pace.get(fault.moment, min(fault.seconds, KILL_SECONDS)))
         over = "train" if fault.moment == LAUNCH else "past"
         result.missed = launch.poll() is not None or any(e["event"] == over for e in read_events(events))
         if result.missed:
@@ -312,10 +283,10 @@ class Campaign:
         at = time.monotonic()
         _do(fault, launch, ranks, run)
         if fault.action == LAUNCHER:
-            # What a user finds: the ranks train on as orphans. Until they are ended, too, a second start of the same command
+            # What a user finds: the ranks live on as orphans. Until they are ended, too, a second start of the same command
             # fails at once, for their port is taken.
             time.sleep(fault.orphan_seconds)
-            start.orphans = len([pid for pid in kill_group(launch) if pid != launch.pid])
+            kill_group(launch)
         elif not wait_for_end(launch, LIMIT):
             result.problems.append(
                 f"after {fault.action}, {fault.moment}: processes were left that hung for {LIMIT:.0f} s"
@@ -328,8 +299,7 @@ class Campaign:
         start.resumed_from = resumed_from(log)
         trained = start.fault is None or any(e["event"] == "train" for e in read_events(events))
         newest = newest_valid(start.before)
-        start.resumed_wrong = start.resumed_from != newest and bool(trained or start.resumed_from)
-        if start.resumed_wrong:
+        if start.resumed_from != newest and (trained or start.resumed_from):
             state = start.before.get(start.resumed_from, "does not exist") if start.resumed_from else "nothing"
             result.problems.append(
                 f"start {number} went on from {start.resumed_from} ({state}); the newest valid one was {newest}"
@@ -345,8 +315,13 @@ class Campaign:
             )
 
 
-def _count(events: list[dict], event: str) -> int:
-    return sum(e["event"] == event for e in events)
+def stopped_between(start: Start, save_every: int) -> bool:
+    """Return whether a start was asked to stop and left a checkpoint of a step between two saves, which is kept like others.
+
+    Ranks that live on are asked by the end of their launcher.
+    """
+    asked = start.fault is not None and start.fault.action not in (ONE_RANK, ALL_RANKS)
+    return asked and start.stopped_at is not None and start.stopped_at % save_every != 0
 
 
 def _do(fault: Fault, launch: Launch, ranks: dict[int, int], run: Path) -> None:
@@ -359,14 +334,14 @@ def _do(fault: Fault, launch: Launch, ranks: dict[int, int], run: Path) -> None:
     elif fault.action == LAUNCHER:
         send([launch.pid], signal.SIGKILL)
     elif fault.action == STOP_FILE:
-        (run / preemption.STOP_FILE).touch()
+        (run / STOP_MARK).touch()
     elif fault.action in STOPS:
         # A rank whose shard is half written is not the one that is signalled: it learns of it from the other.
-        receivers = with_descendants(everyone, launch.pid) if fault.action == TERM else [ranks[max(ranks)]]
+        receivers = with_descendants(everyone) if fault.action == TERM else [ranks[max(ranks)]]
         send(receivers, _number(fault))
     else:
         send(everyone, _number(fault))
-        time.sleep(preemption.REPEAT_SECONDS + 0.5)
+        time.sleep(REPEAT_SECONDS)
         send(everyone, _number(fault))
 
 
@@ -374,12 +349,7 @@ def _number(fault: Fault) -> int:
     return signal.SIGTERM if fault.action in (TERM, TERM_TWICE) else signal.SIGUSR1
 
 
-def _check_kill(start: Start, run: Path, events: list[dict], number: int, result: Result) -> None:
-    if start.exit_code == 0 and start.fault.action != LAUNCHER:
-        result.problems.append(f"start {number}: the launcher ended with 0 after {start.fault.action} had been killed")
-
-
-def _check_signal(start: Start, run: Path, events: list[dict], number: int, result: Result) -> None:
+def _check_signal(start: Start, run: Path, events: list[dict], result: Result) -> None:
     fault, say = start.fault, result.problems.append
     what = f"{fault.action}, {fault.moment}, step {fault.step}"
     if fault.action in LEAVES:
@@ -400,9 +370,9 @@ def _check_signal(start: Start, run: Path, events: list[dict], number: int, resu
         say(f"{what}: the newest valid checkpoint is of step {start.stopped_at} instead of {first}")
     elif metrics(run)[-1]["step"] != start.stopped_at:
         say(f"{what}: steps after the checkpoint of step {start.stopped_at} were trained")
-    if start.exit_code != preemption.EXIT_STOPPED:
-        say(f"{what}: exit code {start.exit_code} instead of {preemption.EXIT_STOPPED}")
+    if start.exit_code != EXIT_STOPPED:
+        say(f"{what}: exit code {start.exit_code} instead of {EXIT_STOPPED}")
     if not start.requeue:
-        say(f"{what}: no file {preemption.REQUEUE_FILE}")
-    if (run / preemption.STOP_FILE).exists():
+        say(f"{what}: no file {REQUEUE_MARK}")
+    if (run / STOP_MARK).exists():
         say(f"{what}: the stop file is still there, and would stop the next start")
