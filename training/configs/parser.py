@@ -27,7 +27,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "digits.yaml"
 DERIVED_MODEL_FIELDS = {"vlm_config", "latent_channels", "latent_size"}
 
 
-class _Parser(ArgumentParser):
+class OneLineParser(ArgumentParser):
     """An argument parser whose errors are UserErrors: one line, without the page of usage in front of it."""
 
     def error(self, message, ex=None):
@@ -46,7 +46,7 @@ class Command:
 @functools.cache
 def make_parser() -> ArgumentParser:
     """Return the parser of training/main.py: every field of TrainingConfig, and the network's under ``model``."""
-    parser = _Parser(prog="training/main.py", description="Train LaTtE-Flow with DeepSpeed.", exit_on_error=False)
+    parser = OneLineParser(prog="training/main.py", description="Train LaTtE-Flow with DeepSpeed.", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of fields; default: the digits preset")
     # The launcher names the rank of each process it starts; DeepSpeed reads it from the environment.
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
