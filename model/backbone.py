@@ -15,6 +15,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLImageProcessorPil,
@@ -121,34 +122,53 @@ def build_tiny_vlm(config: Qwen2VLConfig, seed: int) -> Qwen2VL:
         return Qwen2VL(config).eval()
 
 
-def load_vlm(path: str | Path, dtype: torch.dtype | None = None, tokenizer_path: str | Path | None = None):
+def read_vlm_config(path: str | Path) -> PretrainedConfig:
+    """Read the configuration of a VLM from a folder or a hub id.
+
+    Raises:
+        ValueError: when the path is a folder without config.json, or holds another kind of model.
+    """
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"path: {path} has no config.json; accepted: a folder written by save_pretrained, or a hub id")
+    if Path(path).is_absolute() and not Path(path).exists():  # transformers would ask the hub for it
+        raise ValueError(f"path: {path} not found; accepted: a folder written by save_pretrained, or a hub id")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:  # ValueError: a model_type that transformers does not know
+        raise ValueError(f"path: cannot load {path}: {error}") from error
+    if config.model_type not in MODEL_TYPES:
+        raise ValueError(f"path: {path} holds a {config.model_type}; accepted: {', '.join(MODEL_TYPES)}")
+    return config
+
+
+def load_vlm(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    tokenizer_path: str | Path | None = None,
+    expected_fingerprint: str | None = None,
+):
     """Load a VLM and its tokenizer from a folder or a hub id through transformers.
 
     Args:
         path: folder or hub id.
         dtype: the type of the weights; None for the checkpoint's.
         tokenizer_path: where the tokenizer is, when not beside the weights.
+        expected_fingerprint: what ``fingerprint`` must return of the folder; None accepts any.
 
     Returns:
         (vlm in eval mode, tokenizer).
 
     Raises:
-        ValueError: when the path is a folder without config.json, or holds another kind of model.
+        ValueError: when the path is a folder without config.json, holds another kind of model, or another VLM than expected.
     """
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ValueError(
-            f"vlm.path: {path} has no config.json; accepted: a folder written by save_pretrained, or a hub id"
-        )
-    if Path(path).is_absolute() and not Path(path).exists():  # transformers would ask the hub for it
-        raise ValueError(f"vlm.path: {path} not found; accepted: a folder written by save_pretrained, or a hub id")
+    read_vlm_config(path)  # refuses what is no VLM, before any weights are read
     try:
-        kind = AutoConfig.from_pretrained(path).model_type
-        if kind not in MODEL_TYPES:
-            raise ValueError(f"vlm.path: {path} holds a {kind}; accepted: {', '.join(MODEL_TYPES)}")
         vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype or "auto")
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or path)
     except OSError as error:
-        raise ValueError(f"vlm.path: cannot load {path}: {error}") from error
+        raise ValueError(f"path: cannot load {path}: {error}") from error
+    if expected_fingerprint and fingerprint(checkpoint_folder(path)) != expected_fingerprint:
+        raise ValueError(f"path: {path} is not the VLM that this model was trained with (fingerprint differs)")
     return vlm.eval(), tokenizer
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderDC
+from diffusers import AutoencoderDC, ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -50,17 +51,17 @@ def apply_preset(
     if preset is None:
         return path, scaling_factor
     if preset not in PRESETS:
-        raise ValueError(f"codec.preset: {preset!r} is unknown; accepted values: {', '.join(PRESETS)}")
+        raise ValueError(f"preset: {preset!r} is unknown; accepted values: {', '.join(PRESETS)}")
     known = PRESETS[preset]
     if scaling_factor is not None and abs(scaling_factor - known.scaling_factor) > SCALING_TOLERANCE:
         raise ValueError(
-            f"codec.scaling_factor: {scaling_factor} contradicts codec.preset {preset}, whose factor is {known.scaling_factor}"
+            f"scaling_factor: {scaling_factor} contradicts preset {preset}, whose factor is {known.scaling_factor}"
         )
     return path if path is not None else known.checkpoint, known.scaling_factor
 
 
-class LatentCodec(nn.Module):
-    """What training and sampling need of an autoencoder.
+class LatentCodec(ModelMixin, ConfigMixin):
+    """What training and sampling need of an autoencoder; diffusers saves and loads it as a component of a pipeline.
 
     Attributes:
         image_channels: c.
@@ -69,10 +70,15 @@ class LatentCodec(nn.Module):
         scaling_factor: what the autoencoder's latents are multiplied by.
     """
 
+    config_name = "config.json"
     image_channels: int
     latent_channels: int
     downsampling: int
     scaling_factor: float = 1.0
+
+    def to(self, *args, **kwargs) -> "LatentCodec":
+        """Move or cast as torch does; diffusers' own would warn of modules to keep in float32 even where there are none."""
+        return nn.Module.to(self, *args, **kwargs)
 
     def latent_size(self, resolution: int) -> tuple[int, int]:
         """Return (H, W) of the latent of a square image.
@@ -82,7 +88,7 @@ class LatentCodec(nn.Module):
         """
         if resolution < 1 or resolution % self.downsampling:
             raise ValueError(
-                f"data.resolution: {resolution} is not a multiple of the codec's downsampling {self.downsampling}"
+                f"resolution: {resolution} is not a multiple of the codec's downsampling {self.downsampling}"
             )
         return resolution // self.downsampling, resolution // self.downsampling
 
@@ -107,11 +113,14 @@ class PixelCodec(LatentCodec):
         patch: side of the square; 1 is the identity.
     """
 
+    @register_to_config
     def __init__(self, image_channels: int, patch: int = 1):
         super().__init__()
         self.image_channels = image_channels
         self.latent_channels = image_channels * patch**2
         self.downsampling = patch
+        # diffusers and accelerate read a component's device and type from its parameters, and this one has no others.
+        self.placement = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def encode(self, images: Tensor) -> Tensor:
         p = self.downsampling
@@ -123,6 +132,15 @@ class PixelCodec(LatentCodec):
 
     def fingerprint(self) -> str:
         return f"pixel, {self.image_channels} channels, patch {self.downsampling}"
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Write config.json, which is all there is."""
+        self.save_config(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, torch_dtype: torch.dtype | None = None, **kwargs) -> "PixelCodec":
+        """Build the codec of a saved config.json; diffusers' other arguments are about weights, and there are none."""
+        return cls.from_config(cls.load_config(path)).to(torch_dtype or torch.float32).eval()
 
 
 class DCAECodec(LatentCodec):
@@ -144,7 +162,7 @@ class DCAECodec(LatentCodec):
         own = autoencoder.config.scaling_factor
         if scaling_factor is not None and abs(own - scaling_factor) > SCALING_TOLERANCE:
             raise ValueError(
-                f"codec.scaling_factor: {scaling_factor} differs from {own} in the checkpoint's config.json; latents scaled by "
+                f"scaling_factor: {scaling_factor} differs from {own} in the checkpoint's config.json; latents scaled by "
                 "another checkpoint's factor do not have unit variance"
             )
         self.autoencoder = autoencoder.eval().requires_grad_(False)
@@ -152,6 +170,41 @@ class DCAECodec(LatentCodec):
         self.image_channels = autoencoder.config.in_channels
         self.latent_channels = autoencoder.config.latent_channels
         self.downsampling = autoencoder.spatial_compression_ratio
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Write the autoencoder as diffusers does; its config.json has the scaling factor."""
+        self.autoencoder.save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        scaling_factor: float | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **kwargs,
+    ) -> "DCAECodec":
+        """Load a diffusers AutoencoderDC.
+
+        Args:
+            path: folder or hub id.
+            scaling_factor: checked against the checkpoint's.
+            torch_dtype: type of the weights; None for float32.
+            kwargs: diffusers' own.
+
+        Raises:
+            ValueError: when it is missing, damaged, another model's, or lacks weights.
+        """
+        _read_settings(path)
+        try:
+            autoencoder, report = AutoencoderDC.from_pretrained(
+                path, torch_dtype=torch_dtype or torch.float32, output_loading_info=True, **kwargs
+            )
+            if report["missing_keys"]:  # diffusers leaves these random and goes on
+                raise ValueError(f"its weights lack {', '.join(report['missing_keys'][:3])}, ...")
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: weights of other shapes
+            raise ValueError(f"path: cannot load {path}: {error}") from error
+        return cls(autoencoder, scaling_factor)
 
     def train(self, mode: bool = True) -> "DCAECodec":
         """Stay in eval mode whatever is asked."""
@@ -188,6 +241,7 @@ def load_codec(
     image_channels: int = 3,
     patch: int = 1,
     dtype: torch.dtype | None = None,
+    meta: bool = False,
 ) -> LatentCodec:
     """Build a codec.
 
@@ -198,30 +252,39 @@ def load_codec(
         scaling_factor: checked against the checkpoint's, for ``dc-ae``.
         image_channels: c, for ``pixel``.
         patch: side of a latent position in pixels, for ``pixel``.
-        dtype: type of the autoencoder's weights, for ``dc-ae``; None for float32.
+        dtype: type of the autoencoder's weights; None for float32.
+        meta: build it on the meta device, in float32: of the checkpoint only its config.json is read.
 
     Raises:
         ValueError: when the kind is unknown, or the checkpoint is missing or another model's.
     """
     if kind == "pixel":
-        return PixelCodec(image_channels, patch)
+        return PixelCodec(image_channels, patch).to(dtype or torch.float32).eval()
     if kind != "dc-ae":
-        raise ValueError(f"codec.kind: {kind!r} is unknown; accepted values: {', '.join(CODECS)}")
+        raise ValueError(f"kind: {kind!r} is unknown; accepted values: {', '.join(CODECS)}")
     path, scaling_factor = apply_preset(preset, path, scaling_factor)
     if path is None:
         raise ValueError(
-            "codec.path: missing; kind dc-ae needs a folder or hub id of a diffusers AutoencoderDC, or a codec.preset "
+            "path: missing; kind dc-ae needs a folder or hub id of a diffusers AutoencoderDC, or a preset "
             f"({', '.join(PRESETS)})"
         )
+    if meta:
+        with torch.device("meta"):
+            return DCAECodec(AutoencoderDC.from_config(_read_settings(path)), scaling_factor)
+    return DCAECodec.from_pretrained(path, scaling_factor=scaling_factor, torch_dtype=dtype)
+
+
+def _read_settings(path: str | Path) -> dict:
+    """Return the configuration of an AutoencoderDC.
+
+    Raises:
+        ValueError: when there is none, or it is of another model.
+    """
     try:
-        found = AutoencoderDC.load_config(path).get("_class_name")
-        if found != AutoencoderDC.__name__:
-            raise ValueError(f"it holds a {found}; accepted: an {AutoencoderDC.__name__}")
-        autoencoder, report = AutoencoderDC.from_pretrained(
-            path, torch_dtype=dtype or torch.float32, output_loading_info=True
-        )
-        if report["missing_keys"]:  # diffusers leaves these random and goes on
-            raise ValueError(f"its weights lack {', '.join(report['missing_keys'][:3])}, ...")
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: weights of other shapes
-        raise ValueError(f"codec.path: cannot load {path}: {error}") from error
-    return DCAECodec(autoencoder, scaling_factor)
+        settings = AutoencoderDC.load_config(path)
+    except OSError as error:
+        raise ValueError(f"path: cannot load {path}: {error}") from error
+    if settings.get("_class_name") != AutoencoderDC.__name__:
+        found = settings.get("_class_name")
+        raise ValueError(f"path: cannot load {path}: it holds a {found}; accepted: an {AutoencoderDC.__name__}")
+    return settings

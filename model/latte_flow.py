@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from einops import rearrange
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageTextToText, PreTrainedModel
+from transformers.modeling_utils import str_to_torch_dtype
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm, Qwen2VLRotaryEmbedding
 
 from latte_flow.model.attention import ContextKeyValues, Residual
-from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.model.configuration import LatteFlowConfig, load_network_config
 from latte_flow.model.context import Context, as_key_values, encode_context, select_prompts
 from latte_flow.model.generation_layer import GenerationLayer, set_initial_std
 from latte_flow.model.position import rotary_2d
-from latte_flow.training.checkpoint.formats.matching import MatchedSource
-from latte_flow.training.checkpoint.formats.recognise import holds_weights, open_weights
 
 
 class ImageIO(nn.Module):
@@ -91,7 +91,8 @@ class LatteFlowModel(PreTrainedModel):
         spec = config.attention_spec()
         vlm_layers = [None] * config.num_hidden_layers
         if config.variant == "blend":
-            self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
+            # In the type that the whole model is built in; its configuration may remember the one that it came in.
+            self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config, dtype=torch.get_default_dtype())
             vlm_layers = self.vlm.model.language_model.layers
         self.image_io = nn.ModuleList(
             [ImageIO(config) for _ in range(config.num_groups if config.group_io == "per_group" else 1)]
@@ -132,32 +133,40 @@ class LatteFlowModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs) -> "LatteFlowModel":
-        """Load a model from a folder whose weights are in any format of training/checkpoint/formats, or from the hub.
+        """Load a model as transformers does, and refuse weights that are not exactly the network's.
 
         Args:
-            pretrained_model_name_or_path: a folder, or a hub id.
-            args, config, kwargs: transformers' own; ``dtype`` defaults to the widest type of a folder's weights.
+            pretrained_model_name_or_path: a folder with config.json and model.safetensors (or shards and their index), or a hub
+                id. Other formats: ``latte_flow.load_pipeline``. None builds from ``config`` and ``state_dict``, which may lack
+                weights: these get initial values.
+            config: None for the folder's own, except that the attention backend is chosen for this machine.
+            args, kwargs: transformers' own; ``dtype`` defaults to the widest type of a folder's weights, because transformers
+                would take the first weight's and round the others to it.
 
         Raises:
-            ValueError: when a folder's weights are not exactly those of the network that its config.json describes.
+            ValueError: when weights are missing, unknown or of another shape; the message names the first few.
         """
-        folder = pretrained_model_name_or_path and Path(pretrained_model_name_or_path)
-        if not folder or not folder.is_dir() or not holds_weights(folder):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
-        source = open_weights(folder)
-        if config is None:
-            config = LatteFlowConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            # transformers would fill in what is missing, and pass over what is unknown.
-            source = MatchedSource(source, cls(config), source.default_kind)
-        if "dtype" not in kwargs and "torch_dtype" not in kwargs:
-            # transformers would take the first weight's type, and round the others to it.
-            kwargs["dtype"] = max((info.dtype for info in source.tensors.values()), key=lambda dtype: dtype.itemsize)
-        weights = {name: source.read(name) for name in source.tensors}
-        loaded = super().from_pretrained(None, *args, config=config, state_dict=weights, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
-        model.name_or_path = model.config.name_or_path = str(folder)
-        return loaded
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, config=config, **kwargs)
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if folder.is_dir():
+            config = load_network_config(folder) if config is None else config
+            kwargs["dtype"] = kwargs.get("dtype") or kwargs.pop("torch_dtype", None) or _widest_dtype(folder)
+        wants_report = kwargs.pop("output_loading_info", False)
+        kwargs |= {
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,
+        }  # into the report, which is checked here
+        model, report = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        for what, names in (
+            ("missing", sorted(report["missing_keys"])),
+            ("unknown", sorted(report["unexpected_keys"])),
+            ("of another shape", sorted(str(name) for name, *_ in report["mismatched_keys"])),
+        ):
+            if names:
+                shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                raise ValueError(f"{folder}: weights: {len(names)} {what}: {shown}; they are not of this network")
+        return (model, report) if wants_report else model
 
     def forward(
         self,
@@ -340,6 +349,26 @@ class LatteFlowModel(PreTrainedModel):
             module.inv_freq = inv_freq.to(module.inv_freq.device)
             module.original_inv_freq = original_inv_freq.to(module.original_inv_freq.device)
         return self
+
+
+def _widest_dtype(folder: Path) -> torch.dtype:
+    """Return the widest floating-point type of the weights in a folder's model*.safetensors.
+
+    Raises:
+        ValueError: when there is no such file, or one is damaged.
+    """
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder}: no model.safetensors; other formats are opened by latte_flow.load_pipeline")
+    names = set()
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names |= {opened.get_slice(name).get_dtype() for name in list(opened.keys())}
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged ({error})") from error
+    dtypes = [str_to_torch_dtype[name] for name in names]
+    return max((dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: dtype.itemsize)
 
 
 AutoModel.register(LatteFlowConfig, LatteFlowModel)

@@ -1,220 +1,170 @@
-"""LatteFlowPipeline: prompts to pictures, pictures and questions to answers, and the folder that holds all it takes.
+"""LatteFlowPipeline: prompts to pictures, pictures and questions to answers, as a pipeline of diffusers."""
 
-A model folder:
-
-    config.json, model.safetensors   the LatteFlowModel; its weights may be in any format of training/checkpoint/formats
-    pipeline.json                    prompt template, class names, codec, and where the VLM is
-    tokenizer/                       the VLM's tokenizer and image processor
-    vlm/                             the VLM, when it has no path of its own (the tiny one)
-
-A training output_dir keeps the same folder, without weights, as ``model/``.
-"""
-
-import dataclasses
-import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
-from diffusers import ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import PreTrainedModel
 
-from latte_flow.model.backbone import checkpoint_folder, fingerprint, load_image_processor, load_vlm
-from latte_flow.model.codecs import LatentCodec, load_codec
-from latte_flow.model.configuration import load_network_config
+from latte_flow.model.backbone import load_vlm
+from latte_flow.model.codecs import LatentCodec
 from latte_flow.model.context import Context, encode_context, tokenize_prompts, truncate_prompts
 from latte_flow.model.images import to_uint8
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.sampling import image_seeds, initial_noise, sample_latents
-from latte_flow.training.checkpoint.formats.matching import load_weights
-from latte_flow.training.checkpoint.formats.recognise import open_weights
-from latte_flow.training.checkpoint.formats.source import EXPORT_FILE, WeightSource
 
-PIPELINE_FILE = "pipeline.json"
-VLM_FOLDER = "vlm"
-TOKENIZER_FOLDER = "tokenizer"
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-@dataclass
-class PipelineConfig:
-    """What a pipeline needs beside the networks' own configurations; the content of pipeline.json.
+class LatteFlowPipeline(DiffusionPipeline):
+    """Generates images from prompts or classes, and answers questions about images.
 
-    Attributes:
-        resolution: R, side of the images in pixels.
-        image_channels: c.
+    Saving, loading, devices, types, progress bars and ``enable_model_cpu_offload`` are diffusers' own. Where its base class does
+    not fit, this class differs:
+
+    - A frozen VLM that has a path of its own (``vlm_path``) is saved by reference: it has gigabytes, and all pipelines trained
+      beside it share them. ``from_pretrained`` loads it from there and checks its fingerprint, unless it is given ``vlm=``.
+    - ``from_pretrained`` takes a folder alone: diffusers' downloader refuses components whose classes are neither its own nor
+      transformers'. Download a hub repository with ``huggingface_hub.snapshot_download`` first.
+    - Components run by other methods than ``forward``, which accelerate's hooks do not see: they are called here (``_onload``).
+      ``enable_sequential_cpu_offload``, which hooks every submodule, is not supported for the same reason.
+
+    A run's checkpoints and the folders of tools/convert_checkpoint.py have another layout, made for training and for weights of
+    any format: ``latte_flow.load_pipeline`` reads these, and what this class saves.
+
+    Args:
+        model: the network. Its mode is left alone: the loaders return it in eval mode.
+        tokenizer: the VLM's.
+        codec: from latents to images.
+        vlm: the VLM that a Couple model reads prompts with; None for a Blend, which holds its own.
+        image_processor: the VLM's, for questions about pictures; None where the VLM came without one.
         prompt_template: the user message; {} stands for the class name or the caption.
         null_prompt: the user message of the null condition.
         max_prompt_tokens: longer user messages lose their end; None keeps all.
         class_names: names of the classes, or None for free prompts.
-        codec: arguments of model.codecs.load_codec.
-        vlm_path: folder or hub id of the VLM; None when it lies in the model folder itself.
-        vlm_fingerprint: of the VLM's files, None without a path; see model.vlm.fingerprint.
+        vlm_path: folder or hub id of a VLM that is not saved with the pipeline.
+        vlm_fingerprint: of the files at ``vlm_path``; see model.backbone.fingerprint.
+
+    Raises:
+        ValueError: when a Blend is given a VLM beside its own.
     """
 
-    resolution: int
-    image_channels: int
-    prompt_template: str
-    null_prompt: str
-    max_prompt_tokens: int | None = None
-    class_names: list[str] | None = None
-    codec: dict = field(default_factory=dict)
-    vlm_path: str | None = None
-    vlm_fingerprint: str | None = None
-
-    @classmethod
-    def load(cls, folder: Path) -> "PipelineConfig":
-        """Read a model folder's pipeline.json.
-
-        Raises:
-            FileNotFoundError: when there is none.
-            ValueError: when it is not what ``save_components`` writes.
-        """
-        file = folder / PIPELINE_FILE
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} not found; accepted: an exported model folder")
-        try:
-            return cls(**json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{file}: damaged ({error})") from error
-
-    def load_frozen_vlm(self, folder: Path, dtype: torch.dtype | None):
-        """Load the VLM that a Couple model was trained beside.
-
-        Args:
-            folder: the model folder.
-            dtype: the type of its weights; None for its own.
-
-        Raises:
-            ValueError: when it is not there, or is another one.
-        """
-        path = self.vlm_path or folder / VLM_FOLDER
-        vlm, _ = load_vlm(path, dtype=dtype, tokenizer_path=folder / TOKENIZER_FOLDER)
-        if self.vlm_fingerprint and fingerprint(checkpoint_folder(path)) != self.vlm_fingerprint:
-            raise ValueError(f"vlm_path: {path} is not the VLM that this model was trained with (fingerprint differs)")
-        return vlm
-
-
-class LatteFlowPipeline:
-    """Generates images from prompts or classes.
-
-    Args:
-        model: the network.
-        vlm: the VLM that gives the context; for Blend ``model.vlm``.
-        tokenizer: the VLM's.
-        codec: from latents to images.
-        config: prompts and names.
-        image_processor: the VLM's, for questions about pictures; None where the VLM's folder holds none.
-    """
+    model_cpu_offload_seq = "vlm->model->codec"
+    _optional_components: ClassVar[list[str]] = ["vlm", "image_processor"]
 
     def __init__(
-        self, model: LatteFlowModel, vlm, tokenizer, codec: LatentCodec, config: PipelineConfig, image_processor=None
+        self,
+        model: LatteFlowModel,
+        tokenizer,
+        codec: LatentCodec,
+        vlm: PreTrainedModel | None = None,
+        image_processor=None,
+        prompt_template: str = "{}",
+        null_prompt: str = "",
+        max_prompt_tokens: int | None = None,
+        class_names: list[str] | None = None,
+        vlm_path: str | None = None,
+        vlm_fingerprint: str | None = None,
     ):
-        self.model = model.eval()
-        self.vlm = vlm
-        self.tokenizer = tokenizer
-        self.codec = codec
-        self.config = config
-        self.image_processor = image_processor
-        self._progress_bar_config: dict = {}
+        super().__init__()
+        if vlm is not None and model.config.variant == "blend":
+            raise ValueError("vlm: given; accepted: None, for a Blend model holds its own")
+        self.register_modules(model=model, tokenizer=tokenizer, codec=codec, vlm=vlm, image_processor=image_processor)
+        self.register_to_config(
+            prompt_template=prompt_template,
+            null_prompt=null_prompt,
+            max_prompt_tokens=max_prompt_tokens,
+            class_names=class_names,
+            vlm_path=vlm_path,
+            vlm_fingerprint=vlm_fingerprint,
+        )
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Save as diffusers does: model_index.json and a folder a component; a VLM that has a path of its own by reference.
+
+        Raises:
+            ValueError: when the folder holds something that is no saved pipeline, whose files would be mixed with these.
+        """
+        folder = Path(save_directory)
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / self.config_name).is_file():
+            raise ValueError(f"{folder}: holds something else than a saved pipeline; accepted: a new or empty folder")
+        vlm = self.vlm
+        if self.config.vlm_path is not None:
+            self.register_modules(vlm=None)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.register_modules(vlm=vlm)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        *,
-        weights: dict[str, Tensor] | WeightSource | None = None,
-        kind: str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> "LatteFlowPipeline":
-        """Load a model folder.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "LatteFlowPipeline":
+        """Load a folder that ``save_pretrained`` wrote.
 
         Args:
-            folder: what ``save_pretrained`` wrote.
-            weights: the network's state dict, or where to read one; None for the folder's own, in whatever format they are.
-            kind: ``model`` or ``ema``, of weights that hold both; None for the averaged ones.
-            dtype: the type of all networks; None for float32.
+            pretrained_model_name_or_path: the folder.
+            kwargs: diffusers' own: ``dtype`` of the networks, components and settings that take the place of saved ones.
 
         Raises:
-            FileNotFoundError: when the folder is not a model folder.
-            ValueError: when it holds no weights and none are given, or weights of another model; when the VLM at the path noted
-                in the folder is not the one the model was trained with.
+            FileNotFoundError: when there is no model_index.json.
+            ValueError: when weights are not of the network, or the VLM at ``vlm_path`` is not the one that it was trained with.
         """
-        folder = Path(folder)
-        config = PipelineConfig.load(folder)
-        if not (folder / TOKENIZER_FOLDER).is_dir():  # transformers would ask the hub for it
-            raise ValueError(f"{folder / TOKENIZER_FOLDER} not found; accepted: an exported model folder")
-        if weights is None:
-            weights = open_weights(folder)
-        model = LatteFlowModel(load_network_config(folder))
-        load_weights(model, weights, kind or (None if isinstance(weights, dict) else weights.default_kind))
-        tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER_FOLDER)
-        is_blend = model.config.variant == "blend"
-        vlm = model.vlm if is_blend else config.load_frozen_vlm(folder, dtype or torch.float32)
-        codec = load_codec(**config.codec, dtype=dtype)
-        image_processor = load_image_processor(folder / TOKENIZER_FOLDER)
-        return cls(model.to(dtype or torch.float32), vlm, tokenizer, codec, config, image_processor)
+        folder = Path(pretrained_model_name_or_path)
+        if not (folder / cls.config_name).is_file():
+            raise FileNotFoundError(
+                f"{folder / cls.config_name} not found; accepted: a folder of save_pretrained; "
+                "latte_flow.load_pipeline opens runs and converted checkpoints"
+            )
+        pipeline = super().from_pretrained(str(folder), **kwargs)
+        path = pipeline.config.vlm_path
+        if path is not None and pipeline.model.config.variant == "couple" and "vlm" not in kwargs:
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+            if isinstance(dtype, dict):
+                dtype = dtype.get("vlm", dtype.get("default"))
+            expected = pipeline.config.vlm_fingerprint
+            vlm, _ = load_vlm(path, dtype or torch.float32, folder / "tokenizer", expected_fingerprint=expected)
+            pipeline.register_modules(vlm=vlm)
+        return pipeline
 
-    def save_components(self, folder: str | Path) -> None:
-        """Write everything but the network's weights into a model folder; what is there already is replaced."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model.config.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
-        if self.image_processor is not None:
-            self.image_processor.save_pretrained(folder / TOKENIZER_FOLDER)
-        if self.config.vlm_path is None and self.model.config.variant == "couple":
-            self.vlm.save_pretrained(folder / VLM_FOLDER)
-        (folder / PIPELINE_FILE).write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a model folder that ``from_pretrained`` loads.
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The VLM that reads prompts and answers questions: a Blend model's own, or the component ``vlm``.
 
         Raises:
-            ValueError: when the folder holds what a conversion has written, whose files would be mixed with these.
+            ValueError: when a Couple model came without one.
         """
-        if (Path(folder) / EXPORT_FILE).is_file():
-            raise ValueError(f"{folder}: holds an export ({EXPORT_FILE}); accepted: another folder")
-        self.save_components(folder)
-        self.model.save_pretrained(folder)
+        if self.model.config.variant == "blend":
+            return self.model.vlm
+        if self.vlm is None:
+            raise ValueError("vlm: None; a Couple model reads prompts with the VLM that it was trained beside")
+        return self.vlm
 
-    def to(self, *args, **kwargs) -> "LatteFlowPipeline":
-        """Move or cast all networks as ``torch.nn.Module.to`` does, and return the pipeline."""
-        for module in (self.model, self.vlm, self.codec):
-            module.to(*args, **kwargs)
-        return self
+    def _onload(self, name: str) -> None:
+        """Move a component to where it runs and the one before it away, when ``enable_model_cpu_offload`` is on.
 
-    @property
-    def device(self) -> torch.device:
-        """Where the networks are."""
-        return self.model.device
+        Call it outside inference mode: parameters that are moved inside could not be trained afterwards.
+        """
+        component = getattr(self, name)
+        if hasattr(component, "_hf_hook"):
+            component._hf_hook.pre_forward(component)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the network's weights."""
-        return self.model.dtype
+    def _onload_backbone(self) -> None:
+        self._onload("model" if self.model.config.variant == "blend" else "vlm")
 
-    def set_progress_bar_config(self, **kwargs) -> None:
-        """Set what ``tqdm`` is called with by the calls that follow, as of diffusers' pipelines: ``disable=True`` for none."""
-        self._progress_bar_config = kwargs
-
-    def progress_bar(self, steps: Iterable) -> Iterable:
-        """Wrap the steps of a sampling loop."""
-        return tqdm(steps, **{"unit": "step", **self._progress_bar_config})
-
-    @torch.inference_mode()
     def encode_prompts(self, messages: Sequence[str]) -> Context:
-        """Return the context of user messages, on the model's device."""
-        inputs = {name: t.to(self.model.device) for name, t in tokenize_prompts(self.tokenizer, messages).items()}
-        return encode_context(self.vlm, inputs, self.model.config.context_projection)
+        """Return the context of user messages, on the VLM's device."""
+        self._onload_backbone()
+        vlm = self.backbone
+        inputs = {name: t.to(vlm.device) for name, t in tokenize_prompts(self.tokenizer, messages).items()}
+        with torch.inference_mode():
+            return encode_context(vlm, inputs, self.model.config.context_projection)
 
     def messages(self, prompts: Sequence[str | int]) -> list[str]:
         """Return the user message of each prompt: a caption, or a class by its index.
@@ -277,7 +227,7 @@ class LatteFlowPipeline:
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         shape = (len(prompts), *self._noise_shape)
         if generator is not None:
-            latents = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         elif latents is None:
             seed = int(torch.randint(2**32, ())) if seed is None else seed
             latents = initial_noise(image_seeds(seed, 0, len(prompts)), self._noise_shape)
@@ -294,7 +244,8 @@ class LatteFlowPipeline:
         if output_type == "latent":
             images = latents
         else:
-            images = VaeImageProcessor().postprocess(self.codec.decode(latents).float(), output_type=output_type)
+            images = VaeImageProcessor().postprocess(self._decode(latents).float(), output_type=output_type)
+        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def generate(
@@ -324,7 +275,9 @@ class LatteFlowPipeline:
         """
         noise = initial_noise(image_seeds(seed, first_image, len(prompts)), self._noise_shape)
         options = {"num_steps": num_steps, "cfg_scale": cfg_scale, "solver": solver, "progress": progress}
-        return to_uint8(self.codec.decode(self._sample(prompts, noise, **options)))
+        images = to_uint8(self._decode(self._sample(prompts, noise, **options)))
+        self.maybe_free_model_hooks()
+        return images
 
     @property
     def _noise_shape(self) -> tuple[int, ...]:
@@ -335,11 +288,16 @@ class LatteFlowPipeline:
         messages = self.messages(prompts)
         distinct = list(dict.fromkeys([*messages, self.config.null_prompt]))
         context = self.encode_prompts(distinct)
-        rows = torch.tensor([distinct.index(message) for message in messages], device=self.device)
-        null_row = torch.tensor([distinct.index(self.config.null_prompt)], device=self.device)
+        rows = torch.tensor([distinct.index(message) for message in messages], device=context.mask.device)
+        null_row = torch.tensor([distinct.index(self.config.null_prompt)], device=context.mask.device)
+        self._onload("model")
         return sample_latents(self.model, noise, context.gather(rows), context.gather(null_row), **options)
 
-    @torch.inference_mode()
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Return the images [B, c, R, R] of latents, where the codec runs."""
+        self._onload("codec")
+        return self.codec.decode(latents)
+
     def ask(self, image: Image.Image | None, question: str, *, max_new_tokens: int = 128) -> str:
         """Answer a question, about a picture or without one, with the VLM: transformers' own greedy generation.
 
@@ -352,7 +310,8 @@ class LatteFlowPipeline:
             ValueError: when a picture is given and the VLM came without an image processor; when an argument is of another
                 kind, or the question holds the token that stands for a picture.
         """
-        placeholder = self.tokenizer.convert_ids_to_tokens(self.vlm.config.image_token_id)
+        vlm = self.backbone
+        placeholder = self.tokenizer.convert_ids_to_tokens(vlm.config.image_token_id)
         if not isinstance(question, str) or placeholder in question:
             raise ValueError(f"question: got {question!r}; accepted: a text without {placeholder}")
         if image is not None and not isinstance(image, Image.Image):
@@ -369,12 +328,14 @@ class LatteFlowPipeline:
                     "image: the VLM came without preprocessor_config.json; accepted: None, a question alone"
                 )
             inputs = dict(self.image_processor(images=[image.convert("RGB")], return_tensors="pt"))
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.vlm.dtype)
+            inputs["pixel_values"] = inputs["pixel_values"].to(vlm.dtype)
             # The template writes one placeholder a picture; each merged patch needs one.
             patches = int(inputs["image_grid_thw"].prod()) // self.image_processor.merge_size**2
             text = text.replace(placeholder, placeholder * patches, 1)
         inputs |= self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.vlm.config.image_token_id).long()
-        inputs = {name: tensor.to(self.vlm.device) for name, tensor in inputs.items()}
-        output = self.vlm.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == vlm.config.image_token_id).long()
+        self._onload_backbone()
+        inputs = {name: tensor.to(vlm.device) for name, tensor in inputs.items()}
+        output = vlm.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        self.maybe_free_model_hooks()
         return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

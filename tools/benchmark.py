@@ -39,6 +39,7 @@ from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.sampling import sample_latents
 from latte_flow.model.timestep_experts import TimestepExperts
 from latte_flow.tools.command_line import check_positive, run_function
+from latte_flow.training.components import BACKBONES
 from latte_flow.training.configs.fields import Assumptions, DataConfig, TrainingConfig
 from latte_flow.training.configs.parser import parse_config
 from latte_flow.training.data.datasets import load_image_dataset
@@ -48,7 +49,7 @@ from latte_flow.training.data.loader import make_loader
 from latte_flow.training.distributed.batch_layout import BatchLayout
 from latte_flow.training.distributed.collectives import agree, is_first_rank
 from latte_flow.training.distributed.ranks import start_alone_without_launcher
-from latte_flow.training.dry_run import BACKBONES, dry_run
+from latte_flow.training.dry_run import dry_run
 from latte_flow.training.monitor.progress import hide_library_bars
 from latte_flow.training.objectives.flow_matching import FlowMatchingSamples
 from latte_flow.training.trainer import Trainer
@@ -239,7 +240,7 @@ def benchmark_train(size: str, batch_size: int, steps: int) -> list[dict]:
             shutil.rmtree(work)
         dist.destroy_process_group()
     assumed = Assumptions(gpus=measured["ranks"])
-    peak, flops = assumed.peak_tflops * 1e12, measured["predicted"].flops["forward and backward"]
+    peak, flops = assumed.peak_tflops * 1e12, measured["predicted"].flops.forward_and_backward
     rate = measured["samples_per_second"] * flops / measured["ranks"]
     on_gpu = torch.cuda.is_available()
     goal = UTILISATION_TARGET * peak * measured["ranks"] / flops if on_gpu else None
@@ -250,7 +251,7 @@ def benchmark_train(size: str, batch_size: int, steps: int) -> list[dict]:
         row("train/loss_of_the_last_steps", measured["loss"], "1", shapes),
     ]
     if on_gpu:
-        predicted = measured["predicted"].total_memory / 2**30
+        predicted = measured["predicted"].memory.total / 2**30
         rows += [
             row(
                 "train/utilisation", rate / peak, f"of {assumed.peak_tflops} TFLOP/s", shapes, target=UTILISATION_TARGET

@@ -29,7 +29,7 @@ from latte_flow.training.data.images import ImageDataset
 from latte_flow.training.data.latents.dataset import FORMAT, latent_columns
 from latte_flow.training.data.latents.writer import LatentWriter
 from latte_flow.training.data.sources import detect_dataset
-from latte_flow.training.errors import UserError
+from latte_flow.training.errors import UserError, naming
 from latte_flow.training.monitor.progress import hide_library_bars, progress_bar
 
 DEFAULT_PRESET = "dc-ae-f32c32-in-1.0"
@@ -185,15 +185,16 @@ def _load_encoder(
     """
     kind, path = _kind_and_path(codec)
     try:
-        encoder = load_codec(
-            kind,
-            path=None if codec in PRESETS else path,
-            preset=codec if codec in PRESETS else None,
-            scaling_factor=scaling_factor,
-            image_channels=image_channels,
-            patch=patch,
-            dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-        )
+        with naming("codec"):
+            encoder = load_codec(
+                kind,
+                path=None if codec in PRESETS else path,
+                preset=codec if codec in PRESETS else None,
+                scaling_factor=scaling_factor,
+                image_channels=image_channels,
+                patch=patch,
+                dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+            )
         encoder.latent_size(resolution)
     except ValueError as error:  # the codec's own checks name the field and what is accepted
         raise UserError(str(error)) from error

@@ -22,10 +22,9 @@ import torch.distributed as dist
 from PIL import Image
 
 from latte_flow.model.images import grid_scale, make_grid, to_pil
-from latte_flow.model.pipeline import PIPELINE_FILE
 from latte_flow.model.sampling import SOLVERS, image_seeds
 from latte_flow.tools.command_line import check_positive, run_function
-from latte_flow.training.checkpoint.trained_weights import WEIGHTS, find_checkpoint, load_pipeline
+from latte_flow.training.checkpoint.opening import WEIGHTS, find_checkpoint, is_pipeline, load_pipeline
 from latte_flow.training.distributed.collectives import agree, gather
 from latte_flow.training.errors import UserError
 from latte_flow.training.monitor.progress import hide_library_bars, progress_bar
@@ -85,7 +84,7 @@ def sample(
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     hide_library_bars()
     path, verified = Path(checkpoint), False
-    if world_size > 1 and not (path / PIPELINE_FILE).is_file():
+    if world_size > 1 and not is_pipeline(path):
         path, verified = _find_together(path, rank), True
     pipeline = load_pipeline(path, weights=weights, dtype=getattr(torch, dtype), verified=verified)
     pipeline.to(device)

@@ -1,9 +1,25 @@
-"""The parts of a run: the VLM, its tokenizer, the codec, the network's configuration, and the optimizer's parameter groups."""
+"""What a run is built of: the VLM, its tokenizer, the codec, the network and its configuration.
 
+All of it can be built on the meta device too, from configurations alone: tensors there have shapes and no data (dry_run.py).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoTokenizer
+from torch import Tensor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+)
 
 from latte_flow.model.backbone import (
     build_tiny_tokenizer,
@@ -11,26 +27,64 @@ from latte_flow.model.backbone import (
     checkpoint_folder,
     fingerprint,
     load_vlm,
+    read_vlm_config,
     tiny_vlm_config,
 )
-from latte_flow.model.codecs import load_codec
+from latte_flow.model.codecs import LatentCodec, apply_preset, load_codec
 from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.model.context import tokenize_prompts, truncate_prompts
+from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.partition import check_tensor_parallel
-from latte_flow.model.pipeline import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, PipelineConfig
+from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, PipelineConfig
+from latte_flow.training.checkpoint.opening import OpenedCheckpoint
 from latte_flow.training.configs.fields import TrainingConfig
-from latte_flow.training.data.datasets import ImageDataset
+from latte_flow.training.data.context_cache import ContextSource, PromptEncoder, open_context_source
+from latte_flow.training.data.datasets import load_image_dataset
+from latte_flow.training.data.images import ImageDataset
 from latte_flow.training.data.latents.dataset import LatentDataset
-from latte_flow.training.errors import UserError
+from latte_flow.training.distributed.batch_layout import BatchLayout
+from latte_flow.training.distributed.collectives import print_once
+from latte_flow.training.distributed.ranks import Ranks
+from latte_flow.training.distributed.zero import mark_universal
+from latte_flow.training.errors import UserError, naming
+from latte_flow.training.initial_weights import load_initial_weights
+from latte_flow.training.monitor.sample_grid import samples_per_rank
+
+BACKBONES = Path(__file__).parent / "configs" / "backbones"
+BUNDLED = {
+    "Qwen/Qwen2-VL-2B-Instruct": "qwen2_vl_2b",
+    "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers": "dc_ae_f32c32_in_1.0",
+}
+"""Hub id -> folder of ``BACKBONES`` that holds its config.json."""
+
+Images = ImageDataset | LatentDataset
 
 
-def tiny_vlm_parts(config: TrainingConfig, images: ImageDataset):
-    """Return the configuration and the tokenizer of the tiny VLM that a run without ``vlm.path`` builds."""
-    tokenizer = build_tiny_tokenizer([*images.prompts, config.data.null_prompt], config.vlm.tiny.vocab_size)
-    sizes = {name: value for name, value in vars(config.vlm.tiny).items() if name not in ("vocab_size", "seed")}
-    return tiny_vlm_config(tokenizer, **sizes), tokenizer
+class Components(NamedTuple):
+    """What a run is built of, beside the network's own weights. The VLM is frozen."""
+
+    vlm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    codec: LatentCodec
+    model_config: LatteFlowConfig
+    pipeline_config: PipelineConfig
 
 
-def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
+class MetaComponents(NamedTuple):
+    """What of it is on the meta device, and the token ids of the prompts [P, S]; None with ``vlm.path``, which reads no data."""
+
+    vlm: PreTrainedModel
+    codec: LatentCodec
+    model_config: LatteFlowConfig
+    prompt_ids: Tensor | None
+
+
+def compute_dtype(config: TrainingConfig) -> torch.dtype:
+    """Return the type of the weights that compute; the optimizer's are float32 in any case."""
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+def build_components(config: TrainingConfig, images: Images, saved: Path) -> Components:
     """Build or load the VLM, its tokenizer, the codec and the network's configuration.
 
     Args:
@@ -38,71 +92,205 @@ def build_components(config: TrainingConfig, images: ImageDataset, saved: Path):
         images: its data, which gives the prompts and the image channels.
         saved: the run's model folder; where it exists, a VLM without a path of its own and its tokenizer are taken from it.
 
-    Returns:
-        (vlm, tokenizer, codec, LatteFlowConfig, PipelineConfig).
-
     Raises:
         UserError: when a path is missing or the parts do not fit together; the message names the field.
     """
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    codec_arguments = {
-        "kind": config.codec.kind,
-        "path": config.codec.path,
-        "preset": config.codec.preset,
-        "scaling_factor": config.codec.scaling_factor,
-        "image_channels": images.image_channels,
-        "patch": config.codec.patch,
-    }
-    try:
-        codec = load_codec(**codec_arguments, dtype=dtype)
-        if codec.image_channels != images.image_channels:
-            raise UserError(
-                f"codec: takes {codec.image_channels} image channels, data.dataset {images.name} has {images.image_channels}"
-            )
-        latent_size = codec.latent_size(config.data.resolution)
+    with _as_user_errors():
+        codec = _build_codec(config, images.image_channels)
         if isinstance(images, LatentDataset):
             images.check_codec(codec)
-        if config.vlm.path is None and (saved / PIPELINE_FILE).is_file() and (saved / VLM_FOLDER).is_dir():
-            # Not built again from its seed: another version of torch might draw other weights.
-            vlm, tokenizer = load_vlm(saved / VLM_FOLDER, dtype=torch.float32, tokenizer_path=saved / TOKENIZER_FOLDER)
-        elif config.vlm.path is None:
-            vlm_config, tokenizer = tiny_vlm_parts(config, images)
-            if (saved / PIPELINE_FILE).is_file():  # of a Blend, whose VLM is part of its weights
-                vlm_config = LatteFlowConfig.from_pretrained(saved).vlm_config
-                tokenizer = AutoTokenizer.from_pretrained(saved / TOKENIZER_FOLDER)
-            vlm = build_tiny_vlm(vlm_config, config.vlm.tiny.seed)
-        else:
-            vlm_dtype = torch.float32 if config.model["variant"] == "blend" else dtype
-            vlm, tokenizer = load_vlm(config.vlm.path, dtype=vlm_dtype)
-        model_config = LatteFlowConfig(
-            vlm_config=vlm.config, latent_channels=codec.latent_channels, latent_size=latent_size, **config.model
+        with naming("vlm"):
+            vlm, tokenizer = _build_vlm(config, images, saved)
+        model_config = _make_model_config(config, vlm.config, codec)
+    pipeline_config = _make_pipeline_config(config, images)
+    own = pipeline_config.vlm_fingerprint
+    if (saved / PIPELINE_FILE).is_file() and PipelineConfig.load(saved).vlm_fingerprint != own:
+        raise UserError(
+            f"vlm.path: {config.vlm.path} is not the VLM that {saved} was trained with (fingerprint differs)"
         )
-        check_tensor_parallel(model_config.text_config, config.tensor_parallel)
-        if model_config.attention_spec().backend == "flash" and config.precision != "bf16":
-            raise UserError(
-                f"model.attention_backend: flash takes precision bf16, not {config.precision}; accepted: reference, sdpa"
+    return Components(vlm.requires_grad_(False), tokenizer, codec, model_config, pipeline_config)
+
+
+def build_meta_components(config: TrainingConfig) -> MetaComponents:
+    """Build the VLM, the codec and the network's configuration on the meta device: no weights are read or drawn.
+
+    Data are read for the prompts of a tiny VLM alone. Without them digits are taken to be grey, all other images to be coloured.
+
+    Raises:
+        UserError: as ``build_components``.
+    """
+    with _as_user_errors():
+        vlm_config: PretrainedConfig
+        if config.vlm.path is None:
+            images = load_image_dataset(config.data)
+            image_channels = images.image_channels
+            vlm_config, tokenizer = tiny_vlm_parts(config, images)
+            prompts = truncate_prompts(
+                tokenizer, [*images.prompts, config.data.null_prompt], config.data.max_prompt_tokens
             )
+            prompt_ids = tokenize_prompts(tokenizer, prompts)["input_ids"]
+        else:
+            image_channels = 1 if config.data.dataset == "digits" else 3
+            with naming("vlm"):
+                vlm_config, prompt_ids = read_vlm_config(_configuration_source(config.vlm.path)), None
+        codec = _build_codec(config, image_channels, meta=True)
+        with torch.device("meta"):
+            vlm = AutoModelForImageTextToText.from_config(vlm_config)
+        model_config = _make_model_config(config, vlm_config, codec)
+    return MetaComponents(vlm.requires_grad_(False), codec, model_config, prompt_ids)
+
+
+def build_model(
+    config: TrainingConfig, components: Components, ranks: Ranks, initial: OpenedCheckpoint | None
+) -> LatteFlowModel:
+    """Build this rank's part of the network on the CPU, with the weights that the run starts from.
+
+    Weights that are drawn depend on the run's seed alone.
+
+    Args:
+        config: the run.
+        components: of the run.
+        ranks: who holds which part.
+        initial: what ``init_from`` names; None for the VLM's weights and random ones.
+
+    Raises:
+        UserError: when the initial weights are not of this network.
+    """
+    torch.manual_seed(config.seed)
+    model = LatteFlowModel.from_vlm(components.vlm, components.model_config)
+    if initial is not None:
+        print_once(load_initial_weights(model, initial))
+    ranks.split_model(model)
+    model.freeze_unreached_parameters()
+    mark_universal(model, ranks.tensor_size)
+    return model
+
+
+def read_prompts(
+    config: TrainingConfig,
+    images: Images,
+    components: Components,
+    ranks: Ranks,
+    layout: BatchLayout,
+    device: torch.device,
+) -> tuple[ContextSource | None, dict[str, Tensor] | None]:
+    """Prepare the prompts of the data, the null prompt as the last one. Collective.
+
+    Returns:
+        (where the context of the prompts is read from, None), for a frozen VLM; (None, the prompts' tokens), for a trained one.
+
+    Raises:
+        UserError: when the context of the prompts does not fit into the memory that the configuration gives it.
+    """
+    prompts, limit = [*images.prompts, config.data.null_prompt], config.data.max_prompt_tokens
+    messages = truncate_prompts(components.tokenizer, prompts, limit)
+    cut = sum(ours != whole for ours, whole in zip(messages, prompts, strict=True))
+    if cut:
+        print_once(f"data.max_prompt_tokens: {cut} of {len(prompts)} prompts are cut to {limit} tokens")
+    if components.model_config.variant == "blend":
+        tokens = tokenize_prompts(components.tokenizer, messages)
+        return None, {name: tensor.to(device) for name, tensor in tokens.items()}
+    vlm, projection = ranks.split_frozen(components.vlm).to(device), components.model_config.context_projection
+    encoder = PromptEncoder(vlm, components.tokenizer, messages, projection, compute_dtype(config))
+    batch_prompts = max(layout.micro_batch_size, samples_per_rank(config.sample, ranks) + 1)
+    return open_context_source(config.vlm, encoder, batch_prompts=batch_prompts), None
+
+
+def describe_run(model: LatteFlowModel, images: Images, ranks: Ranks, layout: BatchLayout) -> str:
+    """Return in two lines what is trained, on what, and how the batch is spread."""
+    trained = sum(ranks.whole_size(name, p) for name, p in model.named_parameters() if p.requires_grad)
+    whom = "ranks" if ranks.tensor_size == 1 else f"sets of {ranks.tensor_size} tensor-parallel ranks"
+    experts = model.experts
+    return (
+        f"{model.config.variant}: {trained / 1e6:.2f} M trained parameters, {experts.num_groups} groups of "
+        f"{experts.group_size} layers, attention by {model.config.attention_spec().backend}\n"
+        f"{images.name}: {len(images)} images, {len(images.prompts)} prompts; batch {layout.global_batch_size} = "
+        f"{layout.world_size} {whom} x {layout.micro_batch_size} x {layout.accumulation_steps} accumulation steps"
+    )
+
+
+def tiny_vlm_parts(config: TrainingConfig, images: Images) -> tuple[Qwen2VLConfig, PreTrainedTokenizerFast]:
+    """Return the configuration and the tokenizer of the tiny VLM that a run without ``vlm.path`` builds."""
+    tokenizer = build_tiny_tokenizer([*images.prompts, config.data.null_prompt], config.vlm.tiny.vocab_size)
+    sizes = {name: value for name, value in vars(config.vlm.tiny).items() if name not in ("vocab_size", "seed")}
+    return tiny_vlm_config(tokenizer, **sizes), tokenizer
+
+
+@contextmanager
+def _as_user_errors() -> Iterator[None]:
+    """Report what the model's own checks refuse, which name the field and what is accepted, in one line."""
+    try:
+        yield
     except UserError:
         raise
-    except ValueError as error:  # the model's own checks name the field and what is accepted
+    except ValueError as error:
         raise UserError(str(error)) from error
-    is_folder = config.vlm.path is not None and Path(config.vlm.path).is_dir()
-    vlm_fingerprint = None if config.vlm.path is None else fingerprint(checkpoint_folder(config.vlm.path))
-    if (saved / PIPELINE_FILE).is_file():
-        trained_with = PipelineConfig.load(saved).vlm_fingerprint
-        if trained_with != vlm_fingerprint:
-            raise UserError(
-                f"vlm.path: {config.vlm.path} is not the VLM that {saved} was trained with (fingerprint differs)"
-            )
-    pipeline_config = PipelineConfig(
+
+
+def _build_vlm(config: TrainingConfig, images: Images, saved: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the VLM and its tokenizer from ``vlm.path`` or the run's model folder, or build the tiny one."""
+    if config.vlm.path is not None:
+        dtype = torch.float32 if config.model.variant == "blend" else compute_dtype(config)
+        return load_vlm(config.vlm.path, dtype=dtype)
+    if (saved / PIPELINE_FILE).is_file() and (saved / VLM_FOLDER).is_dir():
+        # Not built again from its seed: another version of torch might draw other weights.
+        return load_vlm(saved / VLM_FOLDER, dtype=torch.float32, tokenizer_path=saved / TOKENIZER_FOLDER)
+    if (saved / PIPELINE_FILE).is_file():  # of a Blend, whose VLM is part of its weights
+        vlm_config = LatteFlowConfig.from_pretrained(saved).vlm_config
+        tokenizer = AutoTokenizer.from_pretrained(saved / TOKENIZER_FOLDER)
+    else:
+        vlm_config, tokenizer = tiny_vlm_parts(config, images)
+    return build_tiny_vlm(vlm_config, config.vlm.tiny.seed), tokenizer
+
+
+def _build_codec(config: TrainingConfig, image_channels: int, *, meta: bool = False) -> LatentCodec:
+    """Load the codec and refuse images that it does not take, before a VLM is loaded."""
+    arguments: dict[str, Any] = asdict(config.codec) | {"image_channels": image_channels}
+    with naming("codec"):
+        if meta:
+            path, _ = apply_preset(config.codec.preset, config.codec.path, config.codec.scaling_factor)
+            arguments["path"] = path and _configuration_source(path)
+        codec = load_codec(**arguments, dtype=compute_dtype(config), meta=meta)
+    if codec.image_channels != image_channels:
+        dataset = f"data.dataset {config.data.dataset}"
+        raise UserError(f"codec: takes {codec.image_channels} image channels, {dataset} has {image_channels}")
+    with naming("data"):
+        codec.latent_size(config.data.resolution)
+    return codec
+
+
+def _configuration_source(path: str | Path) -> str | Path:
+    """Return where a checkpoint's configuration is read from: for the presets' own, a copy that needs no download."""
+    bundled = BUNDLED.get(str(path))
+    return BACKBONES / bundled if bundled is not None and not Path(path).exists() else path
+
+
+def _make_model_config(config: TrainingConfig, vlm_config: PretrainedConfig, codec: LatentCodec) -> LatteFlowConfig:
+    """Return the network's configuration, after checking that this run can compute it."""
+    model_config = LatteFlowConfig(
+        vlm_config=vlm_config,
+        latent_channels=codec.latent_channels,
+        latent_size=codec.latent_size(config.data.resolution),
+        **asdict(config.model),
+    )
+    check_tensor_parallel(model_config.text_config, config.tensor_parallel)
+    if model_config.attention_spec().backend == "flash" and config.precision != "bf16":
+        raise UserError(
+            f"model.attention_backend: flash takes precision bf16, not {config.precision}; accepted: reference, sdpa"
+        )
+    return model_config
+
+
+def _make_pipeline_config(config: TrainingConfig, images: Images) -> PipelineConfig:
+    path = config.vlm.path
+    return PipelineConfig(
         resolution=config.data.resolution,
         image_channels=images.image_channels,
         prompt_template=config.data.prompt_template,
         null_prompt=config.data.null_prompt,
         max_prompt_tokens=config.data.max_prompt_tokens,
         class_names=images.class_names,
-        codec=codec_arguments,
-        vlm_path=str(Path(config.vlm.path).resolve()) if is_folder else config.vlm.path,
-        vlm_fingerprint=vlm_fingerprint,
+        codec=asdict(config.codec) | {"image_channels": images.image_channels},
+        vlm_path=str(Path(path).resolve()) if path is not None and Path(path).is_dir() else path,
+        vlm_fingerprint=None if path is None else fingerprint(checkpoint_folder(path)),
     )
-    return vlm.requires_grad_(False), tokenizer, codec, model_config, pipeline_config

@@ -5,13 +5,28 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
 
 class UserError(ValueError):
     """A wrong configuration, a missing file, a checkpoint of another model. The message names the field or file and what fits."""
+
+
+@contextmanager
+def naming(section: str) -> Iterator[None]:
+    """Put a section of the configuration before the argument that an error of model/ names.
+
+    ``path: x not found`` under ``naming("vlm")`` becomes the UserError ``vlm.path: x not found``.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{section}.{error}") from error
 
 
 DEAD_WORKER = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: [^.]*|exited unexpectedly)")

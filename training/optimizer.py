@@ -7,10 +7,14 @@ loads, re-partitions and offloads it with the moments. A step that DeepSpeed ski
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import deepspeed
 import torch
+from torch import nn
 
 from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.training.configs.fields import OptimizerConfig
 from latte_flow.training.distributed.zero import master_shards, refresh_model_weights
 
 EMA_KEY = "ema"
@@ -29,12 +33,12 @@ class AdamWWithEMA(torch.optim.AdamW):
         kwargs: AdamW's own.
     """
 
-    def __init__(self, params, *, ema_decay: float, **kwargs):
+    def __init__(self, params: Any, *, ema_decay: float, **kwargs: Any):
         super().__init__(params, **kwargs)
         self.ema_decay = ema_decay
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         loss = super().step(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -53,7 +57,7 @@ class AdamWWithEMA(torch.optim.AdamW):
 
 
 @contextmanager
-def ema_weights(engine) -> Iterator[None]:
+def ema_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
     """Run the body with the averaged weights in the model, and put the trained ones back afterwards, bit for bit.
 
     Every rank swaps its shard of the master weights with its shard of the average, and DeepSpeed gathers the model's weights from
@@ -68,7 +72,7 @@ def ema_weights(engine) -> Iterator[None]:
         yield
         return
 
-    def swap():
+    def swap() -> None:
         for shard in shards:
             average = zero.optimizer.state[shard][EMA_KEY]
             trained = shard.data.clone()
@@ -89,7 +93,7 @@ def parameter_groups(model: LatteFlowModel, weight_decay: float) -> list[dict]:
     Each comes with and without weight decay: norms, biases, modulation and residual gates have none (paper section 6). A group's
     ``name`` is the label that its gradient norm is reported under.
     """
-    groups: dict[tuple[str, bool], list] = {}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -104,3 +108,19 @@ def parameter_groups(model: LatteFlowModel, weight_decay: float) -> list[dict]:
         {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "name": label}
         for (label, decays), parameters in groups.items()
     ]
+
+
+def build_optimizer(model: LatteFlowModel, config: OptimizerConfig) -> AdamWWithEMA:
+    """Return the optimizer of a network's trained parameters; its groups are those of ``parameter_groups``."""
+    return AdamWWithEMA(
+        parameter_groups(model, config.weight_decay),
+        ema_decay=config.ema_decay,
+        lr=config.lr,
+        betas=tuple(config.betas),
+        fused=True,
+    )
+
+
+def learning_rate(config: OptimizerConfig, step: int) -> float:
+    """Return the learning rate of the update after ``step`` updates: linear warm-up, then constant."""
+    return config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))

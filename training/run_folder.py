@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from latte_flow.model.backbone import build_tiny_image_processor, load_image_processor
-from latte_flow.model.pipeline import PIPELINE_FILE, LatteFlowPipeline
+from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.training.checkpoint.formats.source import EXPORT_FILE, read_export_record
 from latte_flow.training.checkpoint.formats.universal import UniversalSource
 from latte_flow.training.checkpoint.manifest import (
@@ -13,15 +14,21 @@ from latte_flow.training.checkpoint.manifest import (
     STEP_FOLDER,
     list_checkpoints,
     named_checkpoints,
+    read_manifest,
 )
+from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE, save_components
+from latte_flow.training.checkpoint.opening import OpenedCheckpoint
+from latte_flow.training.checkpoint.store import newest_valid
+from latte_flow.training.components import Components
 from latte_flow.training.configs.fields import RESUME_AUTO, RESUME_NEVER, TrainingConfig
 from latte_flow.training.configs.saved import CONFIG_FILE, differences, load_config, save_config
 from latte_flow.training.durable import PARTIAL
 from latte_flow.training.errors import UserError
 from latte_flow.training.monitor.preemption import REQUEUE_FILE, STOP_FILE
+from latte_flow.training.run_lock import LOCK_FILE
 
 DATA_FILE = "data.json"
-MAY_BE_THERE = (STOP_FILE, REQUEUE_FILE, CONFIG_FILE + PARTIAL)
+MAY_BE_THERE = (STOP_FILE, REQUEUE_FILE, LOCK_FILE, CONFIG_FILE + PARTIAL)
 """What the names of files start with that the folder of a run that has not begun may hold."""
 NETWORK_FIELDS = ("model.", "vlm.", "codec.")
 """What a run that starts from another one's checkpoint must have in common with it."""
@@ -69,6 +76,16 @@ class Origin:
     components: Path
     checkpoints: list[Path]
     exported: bool = False
+
+    def newest_checkpoint(self) -> Path:
+        """Return the newest one that verifies. Collective.
+
+        Raises:
+            UserError: when every one is damaged.
+        """
+        path = newest_valid(self.checkpoints, _read_export if self.exported else read_manifest)
+        assert path is not None, "an origin has checkpoints"
+        return path
 
 
 def find_origin(config: TrainingConfig) -> Origin | None:
@@ -121,6 +138,13 @@ def _find_run(path: Path) -> Origin:
     return Origin(run / CONFIG_FILE, run / MODEL_FOLDER, checkpoints)
 
 
+def _read_export(path: Path) -> dict[str, Any]:
+    record = read_export_record(path)
+    if record is None:
+        raise ValueError(f"{path} has no {EXPORT_FILE}")
+    return record
+
+
 def _find_export(path: Path) -> Origin | None:
     """Return an exported folder as an origin; None when the path is none."""
     try:
@@ -137,21 +161,34 @@ def _find_export(path: Path) -> Origin | None:
     return Origin(path / CONFIG_FILE, path, [path], exported=True)
 
 
-def write_components(config: TrainingConfig, pipeline: LatteFlowPipeline) -> None:
+def components_folder(config: TrainingConfig, start: Origin | OpenedCheckpoint | None) -> Path:
+    """Return the model folder whose components a run is built of: its own, once it is complete, or that of its start."""
+    own = Path(config.output_dir) / MODEL_FOLDER
+    if start is None or start.components is None or (own / PIPELINE_FILE).is_file():
+        return own
+    return start.components
+
+
+def write_components(config: TrainingConfig, components: Components, model: LatteFlowModel) -> None:
     """Make the output_dir of a new run complete in itself: its configuration, and the model folder without weights.
 
     Args:
         config: the run.
-        pipeline: of the run; its image processor is loaded here, where it is needed.
+        components: what it is built of.
+        model: its network, of which only the configuration is written.
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / CONFIG_FILE).exists():
         save_config(config, folder / CONFIG_FILE)
-    # pipeline.json is written last: without it the folder is incomplete.
     if not (folder / MODEL_FOLDER / PIPELINE_FILE).exists():
-        path = config.vlm.path
-        pipeline.image_processor = (
-            load_image_processor(path) if path else build_tiny_image_processor(pipeline.vlm.config)
+        path, vlm_config = config.vlm.path, components.model_config.vlm_config
+        image_processor = load_image_processor(path) if path else build_tiny_image_processor(vlm_config)
+        save_components(
+            folder / MODEL_FOLDER,
+            model.config,
+            components.pipeline_config,
+            tokenizer=components.tokenizer,
+            image_processor=image_processor,
+            vlm=components.vlm,
         )
-        pipeline.save_components(folder / MODEL_FOLDER)

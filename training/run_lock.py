@@ -73,26 +73,21 @@ class RunLock:
             stream.close()
             return self._take()
         stream.truncate(0)
-        holder = {"host": os.uname().nodename, "pid": os.getpid(), "slurm_job": os.environ.get("SLURM_JOB_ID")}
-        stream.write(json.dumps(holder) + "\n")
+        mine = {"host": os.uname().nodename, "pid": os.getpid(), "slurm_job": os.environ.get("SLURM_JOB_ID")}
+        stream.write(json.dumps(mine) + "\n")
         stream.flush()
         self._stream = stream
         return None
 
-    def release(self, *, unused: bool = False) -> None:
-        """Give the lock back. Not collective.
-
-        Args:
-            unused: the run was refused before it wrote anything: folders that only the lock needed are removed.
-        """
+    def release(self) -> None:
+        """Give the lock back, and remove its file and the folders that were made for it alone. Not collective."""
         if self._stream is None:
             return
-        if unused and self._made:
-            self.file.unlink(missing_ok=True)
-            for folder in self._made:
-                if any(folder.iterdir()):
-                    break
-                folder.rmdir()
+        self.file.unlink(missing_ok=True)  # while it is held: who opens it now finds out that it is not the one there
+        for folder in self._made:
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
         self._stream.close()
         self._stream = None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.launching import ROOT, Finished, Ranks, environment, start_ranks, train
+from tests.integration.launching import Finished, Ranks, server_environment, start_ranks, train
 
 REDUCED = {
     "global_batch_size": 32,
@@ -102,6 +102,11 @@ class CommandLines:
         """Run training/main.py with a command line."""
         return start_ranks("training/main.py", arguments, self._new_folder() / "log", ranks=ranks).wait()
 
+    def tool(self, script: str, *arguments: str) -> None:
+        """Run a script of tools/, which must succeed."""
+        finished = start_ranks(script, arguments, self._new_folder() / "log").wait()
+        assert finished.code == 0, finished.output
+
     def sample(
         self, checkpoint: Path, *arguments: str, output: Path | None = None, ranks: int = 1, code: int | None = 0
     ) -> Run:
@@ -116,11 +121,7 @@ class CommandLines:
 
 @pytest.fixture(scope="session", autouse=True)
 def _environment():
-    """The environment and the working directory in which launching.SERVER starts."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment().items():
-            patch.setenv(name, value)
-        patch.chdir(ROOT)
+    with server_environment():
         yield
 
 

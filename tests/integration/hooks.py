@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-from latte_flow.model.pipeline import VLM_FOLDER
-from latte_flow.training import trainer
+from latte_flow.training import run_folder, trainer
+from latte_flow.training.checkpoint.model_folder import VLM_FOLDER
 from latte_flow.training.trainer import Trainer
 
 
@@ -69,15 +69,15 @@ def die_after_step() -> None:
 def die_while_starting() -> None:
     """End every rank at once when the first files of the output_dir are written and the model folder is not complete."""
 
-    def dying(self, folder):
+    def dying(folder, *args, **kwargs):
         (folder / VLM_FOLDER).mkdir(parents=True)
         os._exit(9)
 
-    trainer.LatteFlowPipeline.save_components = dying
+    run_folder.save_components = dying
 
 
 def measure_memory() -> None:
-    """Save the bytes that a rank holds after each step, by item of the dry run's table, as memory_R.json."""
+    """Save the bytes that a rank holds after each step, by item of dry_run.Memory, as memory_R.json."""
     train_step = Trainer.train_step
 
     def measuring(self, *args, **kwargs):
@@ -86,10 +86,8 @@ def measure_memory() -> None:
         states = [t for state in optimizer.optimizer.state.values() for t in state.values() if t.numel() > 1]
         held = {
             "weights": sum(p.nbytes for p in self.model.parameters()),
-            "optimizer (master weights, moments, average)": sum(
-                t.nbytes for t in (*optimizer.single_partition_of_fp32_groups, *states)
-            ),
-            "context cache": self.contexts.context.num_bytes,
+            "optimizer": sum(t.nbytes for t in (*optimizer.single_partition_of_fp32_groups, *states)),
+            "context_cache": self.contexts.context.num_bytes,
         }
         (Path(os.environ["HOOK_DIR"]) / f"memory_{self.rank}.json").write_text(json.dumps(held))
         return norms

@@ -18,11 +18,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
 
+import pytest
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +110,7 @@ def train(*arguments: str, ranks: int = 1, threads: int = 1, **options) -> Finis
 
 SERVER = multiprocessing.get_context("forkserver")
 """Starts processes that have imported the command lines already. Its server starts with the first of them, in the environment
-and the working directory of that moment (conftest.py)."""
+and the working directory of that moment (server_environment)."""
 SERVER.set_forkserver_preload(
     [
         "latte_flow.training.main",
@@ -118,6 +120,16 @@ SERVER.set_forkserver_preload(
         "latte_flow.tools.benchmark",
     ]
 )
+
+
+@contextmanager
+def server_environment() -> Iterator[None]:
+    """Put this process into the environment and the working directory in which SERVER starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        patch.chdir(ROOT)
+        yield
 
 
 @dataclass

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from latte_flow.tools.encode_latents import encode_latents
-from latte_flow.training.checkpoint.trained_weights import find_checkpoint
+from latte_flow.training.checkpoint.opening import find_checkpoint
 from tests.integration.launching import column
 from tests.integration.test_bad_input import assert_refused
 

@@ -17,13 +17,11 @@ from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_d
 from transformers import Qwen2VLForConditionalGeneration
 
 from latte_flow.model.latte_flow import LatteFlowModel
-from latte_flow.model.pipeline import LatteFlowPipeline
 from latte_flow.tools import convert_checkpoint
 from latte_flow.tools.conversion.convert import FORMATS, convert
 from latte_flow.tools.conversion.inspection import inspect
 from latte_flow.training.checkpoint.formats.recognise import open_weights
-from latte_flow.training.checkpoint.opening import open_checkpoint
-from latte_flow.training.checkpoint.trained_weights import load_pipeline, read_weights
+from latte_flow.training.checkpoint.opening import load_pipeline, open_checkpoint, read_weights
 from latte_flow.training.errors import UserError
 from tests.integration import megatron_gpt_ranks
 from tests.integration.launching import ROOT, environment, start_ranks
@@ -132,11 +130,16 @@ def test_models_and_pipelines_load_every_exported_folder(runs, tmp_path, name):
     expected = from_shards.generate(prompts, **options)
     for to in WEIGHT_FORMATS:
         folder = convert(runs[name].output_dir, tmp_path / to, to=to, **OPTIONS.get(to, {}))
-        model = LatteFlowModel.from_pretrained(folder)  # float32, though a Blend's frozen weights are bfloat16
-        for key, tensor in from_shards.model.state_dict().items():
-            assert torch.equal(model.state_dict()[key], tensor), (to, key)
-        load = load_pipeline if to == "dcp" else LatteFlowPipeline.from_pretrained
-        assert (load(folder).generate(prompts, **options) == expected).all(), to
+        pipeline = load_pipeline(folder)
+        models = [pipeline.model]
+        if to.startswith("safetensors"):
+            models.append(
+                LatteFlowModel.from_pretrained(folder)
+            )  # float32, though a Blend's frozen weights are bfloat16
+        for model in models:
+            for key, tensor in from_shards.model.state_dict().items():
+                assert torch.equal(model.state_dict()[key], tensor), (to, key)
+        assert (pipeline.generate(prompts, **options) == expected).all(), to
     trained = (
         load_pipeline(path, weights="model") for path in (runs[name].output_dir, tmp_path / "deepspeed-universal")
     )
@@ -164,7 +167,7 @@ def test_transformers_alone_answers_with_the_understanding_path(runs, tmp_path, 
     """A stock Qwen2-VL folder: logits of a question with a picture, equal to the bit, in a process without our code."""
     pipeline = load_pipeline(runs[name].output_dir)
     folder = convert(runs[name].output_dir, tmp_path / "qwen", to="qwen2-vl", verify=True)
-    config = pipeline.vlm.config
+    config = pipeline.backbone.config
     rng = torch.Generator().manual_seed(0)
     ids = torch.tensor([[55, config.vision_start_token_id, *[config.image_token_id] * 4, 59, 61]])
     vision = config.vision_config
@@ -182,7 +185,7 @@ def test_transformers_alone_answers_with_the_understanding_path(runs, tmp_path, 
     assert done.returncode == 0, done.stderr
     theirs = torch.load(tmp_path / "out.pt")
     with torch.no_grad():
-        assert torch.equal(theirs["logits"], pipeline.vlm(**inputs).logits)
+        assert torch.equal(theirs["logits"], pipeline.backbone(**inputs).logits)
     assert torch.equal(theirs["text"], pipeline.tokenizer("a question", return_tensors="pt")["input_ids"])
     assert theirs["merge_size"] == vision.spatial_merge_size
 
@@ -204,7 +207,7 @@ import json, sys, deepspeed, torch
 from pathlib import Path
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from latte_flow.model.latte_flow import LatteFlowModel
-from latte_flow.training.components import parameter_groups
+from latte_flow.training.optimizer import parameter_groups
 
 folder, stage, output = sys.argv[1:]
 deepspeed.init_distributed("gloo")
@@ -319,7 +322,7 @@ def test_types_and_the_step_are_chosen(runs, command, tmp_path):
     half = convert(run.output_dir, tmp_path / "half", to="safetensors", dtype="bfloat16", verify=True)
     assert inspect(half)["parameters_by_dtype"].keys() == {"bfloat16"}
     assert_holds(half, {n: w.bfloat16() for n, w in read_weights(run.checkpoint(4), "ema").items()})
-    assert LatteFlowPipeline.from_pretrained(half, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert load_pipeline(half, dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(UserError, match=r"tag: .*step_0000003 not found; accepted: step_0000002, step_0000004"):
         convert(run.output_dir, tmp_path / "none", to="pt", tag="step_0000003")
     with pytest.raises(UserError, match=r"weights: .* holds ema; accepted: ema"):

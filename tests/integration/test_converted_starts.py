@@ -7,7 +7,7 @@ import torch
 
 from latte_flow.tools.conversion.convert import convert
 from latte_flow.training.checkpoint.formats.recognise import open_weights
-from latte_flow.training.checkpoint.trained_weights import load_pipeline, read_weights
+from latte_flow.training.checkpoint.opening import load_pipeline, read_weights
 from tests.integration.launching import column, metrics
 from tests.integration.test_elastic import assert_state_is
 from tests.integration.test_training import assert_same_batches, recorded
@@ -67,7 +67,7 @@ def test_weights_of_any_format_start_a_new_run(command, tmp_path, variant, to):
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
     ours, theirs = (load_pipeline(r.output_dir) for r in (run, first))
-    assert torch.equal(ours.vlm.lm_head.weight, theirs.vlm.lm_head.weight)
+    assert torch.equal(ours.backbone.lm_head.weight, theirs.backbone.lm_head.weight)
     assert (ours.generate([1, 2], num_steps=3) == theirs.generate([1, 2], num_steps=3)).all()
     scratch = command.train(model__variant=variant, sample__every=0, max_steps=1)
     assert column(run.output_dir, "loss")[0] < column(scratch.output_dir, "loss")[0]

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from latte_flow.tools.sample import sample
 from latte_flow.training.checkpoint.manifest import read_manifest
+from latte_flow.training.checkpoint.opening import find_checkpoint, load_pipeline, read_weights
 from latte_flow.training.checkpoint.store import CheckpointStore
-from latte_flow.training.checkpoint.trained_weights import find_checkpoint, load_pipeline, read_weights
 from latte_flow.training.errors import UserError
 
 FILES = (

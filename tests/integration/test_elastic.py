@@ -6,7 +6,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.training.checkpoint.formats.zero_source import ZeroSource
-from latte_flow.training.checkpoint.trained_weights import read_weights
+from latte_flow.training.checkpoint.opening import read_weights
 from tests.integration.test_training import assert_losses_and_norms_agree, assert_same_batches, recorded
 
 

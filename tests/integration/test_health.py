@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from latte_flow.training.checkpoint.manifest import list_checkpoints
-from latte_flow.training.checkpoint.trained_weights import read_weights
+from latte_flow.training.checkpoint.opening import read_weights
 from latte_flow.training.monitor.watchdog import EXIT_HUNG
 from tests.integration.launching import Ranks, column, metrics
 from tests.integration.test_resume import assert_same_metrics

@@ -47,14 +47,14 @@ def test_the_saved_configuration_is_the_whole_run(launched):
     assert config.deepspeed == "ds_configs/zero2.json"
     assert (config.max_steps, config.global_batch_size, config.vlm.tiny.hidden_size) == (STEPS, 32, 32)
     assert config.optimizer.lr == 2e-3  # of the preset
-    assert config.model["residual_source"] == "raw"  # nobody set it
+    assert config.model.residual_source == "raw"  # nobody set it
 
 
 @pytest.mark.parametrize(("ranks", "precision"), [(1, "fp32"), (2, "bf16")])
 def test_a_run_holds_the_bytes_that_its_dry_run_counts(command, ranks, precision):
     """All that lasts from step to step; what autograd keeps is measured in tests/unit/test_dry_run.py."""
     run = command.train(ranks=ranks, precision=precision, max_steps=2, sample__every=0, hooks=("measure_memory",))
-    counted = dry_run(load_config(run.output_dir / "config.yaml"), Assumptions(gpus=ranks)).memory
+    counted = vars(dry_run(load_config(run.output_dir / "config.yaml"), Assumptions(gpus=ranks)).memory)
     for rank in range(ranks):
         held = json.loads((run.hook_dir / f"memory_{rank}.json").read_text())
         assert held.keys() <= counted.keys()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latte_flow.training.checkpoint.trained_weights import load_pipeline
+from latte_flow.training.checkpoint.opening import load_pipeline
 from tests.integration.launching import ROOT
 
 

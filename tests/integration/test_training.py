@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from latte_flow.model.backbone import build_tiny_vlm
-from latte_flow.training.checkpoint.trained_weights import load_pipeline, read_weights
+from latte_flow.training.checkpoint.opening import load_pipeline, read_weights
 from latte_flow.training.components import tiny_vlm_parts
 from latte_flow.training.configs.saved import load_config
 from latte_flow.training.data.datasets import load_image_dataset
@@ -305,8 +305,8 @@ def test_the_vlm_of_an_output_dir_answers_as_transformers_own(one_rank):
     tokenizer = AutoTokenizer.from_pretrained(one_rank.output_dir / "model" / "tokenizer")
     question = [{"role": "user", "content": "Generate an image of the digit three."}]
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    answers = [vlm.generate(**inputs, max_new_tokens=12, do_sample=False) for vlm in (pipeline.vlm, theirs)]
+    answers = [vlm.generate(**inputs, max_new_tokens=12, do_sample=False) for vlm in (pipeline.backbone, theirs)]
     assert torch.equal(*answers)
     assert answers[0].shape[1] > inputs["input_ids"].shape[1]
     with torch.no_grad():
-        assert torch.equal(*(vlm(**inputs).logits for vlm in (pipeline.vlm, theirs)))
+        assert torch.equal(*(vlm(**inputs).logits for vlm in (pipeline.backbone, theirs)))

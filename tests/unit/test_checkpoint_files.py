@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from latte_flow.training.checkpoint.manifest import check_files, list_checkpoints, read_manifest, step_name
+from latte_flow.training.checkpoint.opening import find_checkpoint, load_pipeline
 from latte_flow.training.checkpoint.store import CheckpointStore
-from latte_flow.training.checkpoint.trained_weights import find_checkpoint, load_pipeline
 from latte_flow.training.errors import UserError
 
 CONTENTS = {

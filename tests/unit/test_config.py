@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import inspect
 import json
 import re
 from pathlib import Path
@@ -13,9 +14,19 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import latte_flow.training.configs.fields
+from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.training.configs.checked import from_values
 from latte_flow.training.configs.deepspeed import load_deepspeed_config
-from latte_flow.training.configs.fields import TrainingConfig
-from latte_flow.training.configs.parser import DEFAULT_CONFIG, parse_config
+from latte_flow.training.configs.fields import (
+    Assumptions,
+    DataConfig,
+    HealthConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    TinyVlmConfig,
+    TrainingConfig,
+)
+from latte_flow.training.configs.parser import DEFAULT_CONFIG, make_parser, parse_config
 from latte_flow.training.configs.saved import differences, load_config, save_config, to_yaml
 from latte_flow.training.distributed.batch_layout import BatchLayout, make_batch_layout
 from latte_flow.training.errors import UserError
@@ -58,7 +69,7 @@ class TestPrecedence:
         file = write(tmp_path, {"seed": 7, "optimizer": {"lr": 0.25, "warmup_steps": 3}, "model": {"num_groups": 2}})
         config = parse_config(["--config", file, "--optimizer.lr", "0.125", "--model.modulation", "six"])
         assert (config.seed, config.optimizer.lr, config.optimizer.warmup_steps) == (7, 0.125, 3)
-        assert (config.model["num_groups"], config.model["modulation"]) == (2, "six")
+        assert (config.model.num_groups, config.model.modulation) == (2, "six")
         assert config.optimizer.betas == (0.9, 0.95)  # neither says
 
     @pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"]])
@@ -91,6 +102,82 @@ class TestPrecedence:
             0.9999,
         )
         assert (config.sample.num_steps, config.sample.cfg_scale, config.sample.solver) == (40, 5.0, "euler")
+
+
+class TestBuiltInPython:
+    """A dataclass checks itself, whoever builds it."""
+
+    @pytest.mark.parametrize(
+        ("build", "message"),
+        [
+            (lambda: TrainingConfig(max_steps=0), "max_steps: got 0; accepted: greater than 0"),
+            (lambda: TrainingConfig(seed=2**64), "seed: got an integer of 65 bits; accepted: less than 18446744073709551616"),
+            (lambda: TrainingConfig(output_dir="a\0b"), "output_dir: got 'a\\x00b'; accepted: a path"),
+            (lambda: DataConfig(resolution=0), "resolution: got 0; accepted: greater than 0"),
+            (lambda: OptimizerConfig(betas=(0.9, 1.0)), "betas[1]: got 1.0; accepted: 0 to less than 1"),
+            (lambda: HealthConfig(hang_minutes=1e6), "hang_minutes: got 1000000.0; accepted: less than or equal to 525600"),
+            (lambda: TinyVlmConfig(hidden_size=24), "hidden_size: got 24; accepted: multiples of 4 x num_attention_heads 4"),
+            (lambda: TinyVlmConfig(num_key_value_heads=3), "num_key_value_heads: got 3; accepted: divisors of"),
+            (lambda: Assumptions(gpus=0), "gpus: got 0; accepted: greater than 0"),
+        ],
+    )  # fmt: skip
+    def test_a_value_out_of_range_is_refused(self, build, message):
+        with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+            build()
+
+    def test_the_networks_fields_are_those_of_its_configuration(self):
+        """Names, order and defaults; vlm_config and the latent's shape are decided by the VLM and the codec."""
+        parameters = inspect.signature(LatteFlowConfig.__init__).parameters.values()
+        derived = ("latent_channels", "latent_size")
+        theirs = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in derived}
+        ours = dataclasses.asdict(NetworkConfig())
+        assert list(ours) == list(theirs)
+        assert ours == theirs | {"shared_modules": list(theirs["shared_modules"])}
+
+
+class TestFoundByName:
+    @pytest.mark.parametrize("name", ["digits", "training/configs/digits.yaml"])
+    def test_a_preset_outside_a_checkout(self, tmp_path, monkeypatch, name):
+        monkeypatch.chdir(tmp_path)
+        assert parse_config(["--config", name]) == parse_config([])
+
+    @pytest.mark.parametrize("name", ["zero3", "zero3.json", "ds_configs/zero3.json"])
+    def test_a_deepspeed_file_outside_a_checkout(self, tmp_path, monkeypatch, name):
+        monkeypatch.chdir(tmp_path)
+        config = parse_config(["--deepspeed", name])
+        assert load_deepspeed_config(config, BatchLayout(256, 256, 1, 0))["zero_optimization"]["stage"] == 3
+        assert config.deepspeed == name  # config.yaml keeps what was given
+
+    def test_a_file_that_is_there_wins(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "digits").write_text("seed: 7")
+        assert parse_config(["--config", "digits"]).seed == 7
+
+    def test_an_unknown_name_lists_the_known_ones(self):
+        with pytest.raises(
+            UserError, match=r"^config: nowhere not found; accepted: .* blend_imagenet256\.yaml, .*digits\.yaml"
+        ):
+            parse_config(["--config", "nowhere"])
+        config = TrainingConfig(deepspeed="zero9")
+        with pytest.raises(
+            UserError,
+            match=r"^deepspeed: zero9 not found; .* zero1\.json, zero2\.json, zero2_offload\.json, zero3\.json$",
+        ):
+            load_deepspeed_config(config, BatchLayout(2048, 2048, 1, 0))
+
+
+class TestHelp:
+    def test_every_field_has_a_meaning(self, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "2000")  # an entry a line
+        text = make_parser().format_help()
+        for path in FIELDS:
+            option = rf"^  --{re.escape('.'.join(path))} .*?(\n {{20,}}| {{2,}})"
+            assert re.search(option + r"[\w`].* \(type: .*, default: .*\)$", text, re.MULTILINE), path
+
+    def test_the_defaults_are_those_of_a_bare_run(self):
+        defaults = make_parser().get_defaults().as_dict()
+        fields = {f.name: defaults[f.name] for f in dataclasses.fields(TrainingConfig)}
+        assert from_values(TrainingConfig, fields) == parse_config([])
 
 
 class TestErrors:
@@ -150,6 +237,11 @@ class TestErrors:
             ("seed", -1),
             ("seed", 2**64),
             ("codec.patch", 0),
+            ("max_steps", True),
+            ("seed", "1"),
+            ("vlm", None),
+            ("model.num_groups", 0),
+            ("model.rope_2d_theta", float("nan")),
             ("vlm.tiny.hidden_size", 0),
             ("vlm.tiny.initializer_range", 0.0),
         ],
@@ -169,6 +261,24 @@ class TestErrors:
     def test_doubled_braces_in_a_prompt_template_are_braces(self):
         template = parse_config(["--data.prompt_template={{a}} {}"]).data.prompt_template
         assert template.format("cat") == "{a} cat"
+
+    def test_a_list_is_given_as_a_whole(self):
+        with pytest.raises(UserError, match=r"--model\.shared_modules\+=mlp: accepted: the whole list"):
+            parse_config(["--model.shared_modules+=mlp"])
+
+    @pytest.mark.parametrize("value", ["5e-4", "5E-4", "0.5e-3", ".5e-3", "5.e-4", "0.0005", "+5e-4"])
+    def test_a_number_with_an_exponent_is_one(self, tmp_path, value):
+        assert parse_config(["--config", write(tmp_path, f"optimizer: {{lr: {value}}}")]).optimizer.lr == 5e-4
+
+    def test_a_second_file_changes_single_fields_of_the_first(self, tmp_path):
+        (tmp_path / "second.yaml").write_text("optimizer: {lr: 0.5}")
+        first = write(tmp_path, {"optimizer": {"lr": 0.25, "warmup_steps": 3}})
+        config = parse_config(["--config", first, "--config", str(tmp_path / "second.yaml")])
+        assert (config.optimizer.lr, config.optimizer.warmup_steps) == (0.5, 3)
+
+    def test_a_value_in_a_sections_place_stays_an_error_beside_the_sections_fields(self, tmp_path):
+        with pytest.raises(UserError, match=r"^data: got 3; accepted: a mapping of its fields"):
+            parse_config(["--config", write(tmp_path, "data: 3"), "--data.resolution", "8"])
 
     def test_a_missing_file_is_named(self):
         with pytest.raises(UserError, match=r"/nowhere/config.yaml"):
@@ -248,14 +358,13 @@ class TestRoundTrip:
         assert loaded == config
         assert differences(config, loaded) == []
         assert (loaded.optimizer.lr, loaded.groups_per_sample, loaded.micro_batch_size) == (1e-5, "all", 64)
-        assert loaded.model["timestep_boundaries"] == [1000, 500.5, 20, 3, 0]
+        assert loaded.model.timestep_boundaries == [1000, 500.5, 20, 3, 0]
 
     def test_every_field_is_written(self, tmp_path):
         """A later version's defaults must not change an old run."""
         save_config(TrainingConfig(), tmp_path / "config.yaml")
         written = {path for path, _ in leaves(yaml.safe_load((tmp_path / "config.yaml").read_text()))}
-        expected = {path for path, _ in leaves(dataclasses.asdict(TrainingConfig()))} - {("model",)}
-        assert expected <= written | {("model",)}
+        assert written == {path for path, _ in leaves(dataclasses.asdict(TrainingConfig()))}
 
     @settings(max_examples=20, **FILES)
     @given(
@@ -288,11 +397,8 @@ class TestDifferences:
         current = copy.deepcopy(saved)
         target = current
         for key in path[:-1]:
-            target = target[key] if isinstance(target, dict) else getattr(target, key)
-        if isinstance(target, dict):
-            target[path[-1]] = new
-        else:
-            setattr(target, path[-1], new)
+            target = getattr(target, key)
+        setattr(target, path[-1], new)
         name = ".".join(path)
         if name.startswith(self.MAY_CHANGE):
             assert differences(saved, current) == []
@@ -320,10 +426,9 @@ class TestPresets:
         for path, _ in leaves(yaml.safe_load(preset.read_text())):
             assert path in FIELDS
 
-    def test_its_deepspeed_file_is_there(self, preset, monkeypatch):
-        monkeypatch.chdir(REPOSITORY)
+    def test_its_deepspeed_file_is_there(self, preset):
         config = parse_config(["--config", str(preset)])
-        layout = make_batch_layout(config, num_groups=config.model["num_groups"], world_size=1, rank=0)
+        layout = make_batch_layout(config, num_groups=config.model.num_groups, world_size=1, rank=0)
         assert load_deepspeed_config(config, layout)["train_batch_size"] == config.global_batch_size
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from latte_flow.training.checkpoint.manifest import manifest_digest, read_manifest
-from latte_flow.training.checkpoint.trained_weights import find_checkpoint
+from latte_flow.training.checkpoint.opening import find_checkpoint
 from latte_flow.training.configs.deepspeed import load_deepspeed_config
 from latte_flow.training.configs.fields import TrainingConfig
 from latte_flow.training.configs.parser import DEFAULT_CONFIG, parse_config
@@ -186,19 +186,16 @@ def test_a_configuration_is_read_or_refused(tmp_path, canary, content):
     assert not canary()
 
 
-LONG = ", ".join(["1"] * 5000)
 TEN_TO_NINE = "".join(f"{a}: &{a} [{', '.join([f'*{b}'] * 10)}]\n" for a, b in zip("bcdefghi", "abcdefgh", strict=True))
 
 
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        pytest.param(f"a: {BOMB}\n{TEN_TO_NINE}model: {{shared_modules: *i}}", "more than", id="aliases-of-aliases"),
-        pytest.param("seed: &a [*a]", "more than", id="a-list-in-itself"),
+        pytest.param(f"a: {BOMB}\n{TEN_TO_NINE}model: {{shared_modules: *i}}", "modules[0]: got [[[", id="aliases-of-aliases"),
+        pytest.param("seed: &a [*a]", "seed: got [[[...]]]", id="a-list-in-itself"),
         pytest.param("model: &a {shared_modules: *a}", "model.shared_modules", id="a-mapping-in-itself"),
         pytest.param("seed: " + "[" * 30_000, "config.yaml", id="nested"),
-        pytest.param(f"model: {{timestep_boundaries: [{LONG}]}}", "more than", id="a-long-list"),
-        pytest.param("# " + "x" * 70_000, "larger", id="a-large-file"),
         pytest.param("seed: 0x" + "f" * 5000, "seed: got an integer of 20000 bits", id="an-integer-that-cannot-be-printed"),
         pytest.param("optimizer: {lr: " + "9" * 400 + "}", "optimizer.lr: got an integer", id="an-integer-that-is-no-float"),
         pytest.param("seed: !!timestamp x", "config.yaml is no YAML", id="no-time"),
@@ -209,10 +206,10 @@ TEN_TO_NINE = "".join(f"{a}: &{a} [{', '.join([f'*{b}'] * 10)}]\n" for a, b in z
         pytest.param(f"optimizer.class_path: {CANARY}.Thing", "optimizer.class_path", id="a-class-by-a-dotted-name"),
         pytest.param(f"vlm: {{tiny: {CANARY}.Thing}}", "vlm.tiny: got", id="a-class-in-a-sections-place"),
         pytest.param(f"data: {DEFAULT_CONFIG}", "data: got", id="a-file-in-a-sections-place"),
-        pytest.param(f"config: {DEFAULT_CONFIG}", "sets config", id="another-configuration"),
+        pytest.param(f"config: {DEFAULT_CONFIG}", "config: got", id="another-configuration"),
         pytest.param("data: {__path__: x}", "data.__path__", id="a-name-of-the-parsers-own"),
         pytest.param("data: {x: {}}", "data.x", id="an-empty-section-that-is-none"),
-        pytest.param("1: 2", "name is no text", id="a-number-for-a-name"),
+        pytest.param("1: 2", "[1]: got 1; accepted: names that are text", id="a-number-for-a-name"),
         pytest.param('output_dir: "a\\0b"', "output_dir: got 'a\\x00b'", id="no-path"),
         pytest.param("data: {path: " + "x" * 300 + "}", "data.path: got", id="a-path-too-long"),
         pytest.param('data: {prompt_template: "{:>999999999}"}', "data.prompt_template", id="a-gigabyte-of-blanks"),

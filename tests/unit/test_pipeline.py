@@ -1,4 +1,4 @@
-"""LatteFlowPipeline: questions are answered as transformers does it, and a folder holds all of it."""
+"""LatteFlowPipeline: questions are answered as transformers does it; diffusers and load_pipeline save and load all of it."""
 
 import copy
 import json
@@ -7,17 +7,31 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderDC
+from diffusers.pipelines import pipeline_utils
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
-from latte_flow.model.backbone import build_tiny_image_processor, build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
+from latte_flow.model.backbone import (
+    build_tiny_image_processor,
+    build_tiny_tokenizer,
+    build_tiny_vlm,
+    fingerprint,
+    tiny_vlm_config,
+)
 from latte_flow.model.codecs import load_codec
 from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.latte_flow import LatteFlowModel
-from latte_flow.model.pipeline import LatteFlowPipeline, PipelineConfig
+from latte_flow.model.pipeline import LatteFlowPipeline
+from latte_flow.training.checkpoint.model_folder import PipelineConfig, save_components
+from latte_flow.training.checkpoint.opening import load_pipeline
+from latte_flow.training.errors import UserError
 from tests.tiny import randomise
+from tests.tiny_models import save_tiny_dc_ae
 
 QUESTION = "What is in the picture?"
+CODEC = {"kind": "pixel", "image_channels": 3, "patch": 1}
 
 
 @pytest.fixture(scope="module", params=["couple", "blend"])
@@ -29,11 +43,36 @@ def pipeline(request):
         vlm_config=vlm.config, latent_channels=3, latent_size=(4, 4), variant=request.param, num_groups=2
     )
     model = randomise(LatteFlowModel.from_vlm(vlm, config), std=0.05)  # a new one predicts zero
-    codec = {"kind": "pixel", "image_channels": 3, "patch": 1}
-    names = PipelineConfig(resolution=4, image_channels=3, prompt_template="{}", null_prompt="", codec=codec)
-    vlm = model.vlm if request.param == "blend" else vlm
-    processor = build_tiny_image_processor(vlm.config)
-    return LatteFlowPipeline(model, vlm, tokenizer, load_codec(**codec), names, processor)
+    return LatteFlowPipeline(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        codec=load_codec(**CODEC),
+        vlm=vlm if request.param == "couple" else None,
+        image_processor=build_tiny_image_processor(vlm.config),
+    )
+
+
+def save_model_folder(pipeline, folder):
+    """Write a pipeline as a converted checkpoint is laid out."""
+    config = PipelineConfig(resolution=4, image_channels=3, prompt_template="{}", null_prompt="", codec=CODEC)
+    parts = {name: getattr(pipeline, name) for name in ("tokenizer", "image_processor", "vlm")}
+    save_components(folder, pipeline.model.config, config, **parts)
+    pipeline.model.save_pretrained(folder)
+
+
+def save_and_load(pipeline, folder, layout):
+    """Write a pipeline in a layout and load it; "model folder" is that of runs and conversions."""
+    if layout == "model folder":
+        save_model_folder(pipeline, folder)
+        return load_pipeline(folder)
+    pipeline.save_pretrained(folder)
+    return LatteFlowPipeline.from_pretrained(folder) if layout == "diffusers" else load_pipeline(folder)
+
+
+def assert_draw_the_same(first, second):
+    drawn = [p.generate(["a red square"], num_steps=4, cfg_scale=2.0) for p in (first, second)]
+    assert np.array_equal(*drawn)
+    assert len(np.unique(drawn[0])) > 1
 
 
 def picture(colour: str) -> Image.Image:
@@ -41,7 +80,7 @@ def picture(colour: str) -> Image.Image:
 
 
 def test_an_answer_is_what_transformers_generates_from_a_prompt_written_out_here(pipeline, tmp_path):
-    pipeline.vlm.save_pretrained(tmp_path)
+    pipeline.backbone.save_pretrained(tmp_path)
     vlm = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path)
     # 60 x 84 pixels become 56 x 84: 2 x 3 merged patches of 28 pixels.
     text = "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 6 + f"<|vision_end|>{QUESTION}<|im_end|>\n"
@@ -61,30 +100,142 @@ def test_the_picture_and_the_question_matter(pipeline):
     assert pipeline.ask(None, "a red square", max_new_tokens=20) not in answers
 
 
-def test_a_saved_pipeline_answers_and_draws_the_same(pipeline, tmp_path):
-    pipeline.save_pretrained(tmp_path)
-    loaded = LatteFlowPipeline.from_pretrained(tmp_path)
+@pytest.mark.parametrize("layout", ["diffusers", "diffusers, by load_pipeline", "model folder"])
+def test_a_saved_pipeline_answers_and_draws_the_same(pipeline, tmp_path, layout):
+    loaded = save_and_load(pipeline, tmp_path, layout)
     assert loaded.ask(picture("red"), QUESTION) == pipeline.ask(picture("red"), QUESTION)
-    drawn = [p.generate(["a red square"], num_steps=4, cfg_scale=2.0) for p in (pipeline, loaded)]
-    assert torch.equal(*map(torch.from_numpy, drawn))
+    assert_draw_the_same(pipeline, loaded)
+    assert not any(m.training for m in (loaded.model, loaded.backbone, loaded.codec))
+    weights = loaded.model.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in pipeline.model.state_dict().items())
 
 
-def test_a_model_trained_with_flash_loads_where_there_is_none(pipeline, tmp_path):
-    pipeline.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"attention_backend": "flash"}))
-    loaded = LatteFlowPipeline.from_pretrained(tmp_path)
-    drawn = [p.generate(["a red square"], num_steps=4, cfg_scale=2.0) for p in (pipeline, loaded)]
-    assert torch.equal(*map(torch.from_numpy, drawn))
+@pytest.mark.parametrize("layout", ["diffusers", "model folder"])
+def test_a_model_trained_with_flash_loads_where_there_is_none(pipeline, tmp_path, layout):
+    save_and_load(pipeline, tmp_path, layout)
+    file = tmp_path / ("config.json" if layout == "model folder" else "model/config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_backend": "flash"}))
+    assert_draw_the_same(pipeline, load_pipeline(tmp_path))
 
 
 def test_a_picture_without_an_image_processor_is_an_error(pipeline, tmp_path):
-    pipeline.save_pretrained(tmp_path)
+    save_model_folder(pipeline, tmp_path)
     (tmp_path / "tokenizer" / "preprocessor_config.json").unlink()
-    loaded = LatteFlowPipeline.from_pretrained(tmp_path)
+    loaded = load_pipeline(tmp_path)
     with pytest.raises(ValueError, match=r"image: .*preprocessor_config\.json"):
         loaded.ask(picture("red"), QUESTION)
     assert loaded.ask(None, QUESTION) == pipeline.ask(None, QUESTION)
+
+
+class TestAsAPipelineOfDiffusers:
+    def test_model_index_names_the_components_and_settings(self, pipeline, tmp_path):
+        pipeline.save_pretrained(tmp_path)
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        is_couple = pipeline.model.config.variant == "couple"
+        components = {
+            "model": ["latte_flow.model.latte_flow", "LatteFlowModel"],
+            "codec": ["latte_flow.model.codecs", "PixelCodec"],
+            "vlm": ["transformers", "Qwen2VLForConditionalGeneration"] if is_couple else [None, None],
+            "image_processor": ["transformers", type(pipeline.image_processor).__name__],
+            "tokenizer": ["transformers", type(pipeline.tokenizer).__name__],
+        }
+        settings = {"prompt_template": "{}", "null_prompt": "", "max_prompt_tokens": None, "class_names": None}
+        settings |= {"vlm_path": None, "vlm_fingerprint": None, "_class_name": "LatteFlowPipeline"}
+        assert {name: value for name, value in index.items() if name != "_diffusers_version"} == components | settings
+        folders = {name for name, (library, _) in components.items() if library is not None}
+        assert {path.name for path in tmp_path.iterdir()} == {"model_index.json", *folders}
+        assert pipeline.components.keys() == components.keys()
+
+    def test_settings_survive_and_can_be_given_when_loading(self, pipeline, tmp_path):
+        names = ["red", "blue"]
+        settings = {"prompt_template": "draw {}", "null_prompt": "draw", "max_prompt_tokens": 9, "class_names": names}
+        LatteFlowPipeline(**pipeline.components, **settings).save_pretrained(tmp_path)
+        loaded = LatteFlowPipeline.from_pretrained(tmp_path)
+        assert {name: loaded.config[name] for name in settings} == settings
+        assert loaded.messages([1, "green"]) == ["draw blue", "draw green"]
+        given = LatteFlowPipeline.from_pretrained(tmp_path, model=pipeline.model, class_names=None)
+        assert given.model is pipeline.model
+        assert given.config.class_names is None
+
+    @pytest.mark.parametrize("layout", ["diffusers", "model folder"])
+    def test_a_type_is_that_of_all_networks(self, pipeline, tmp_path, layout):
+        save_and_load(pipeline, tmp_path, layout)
+        loaded = load_pipeline(tmp_path, dtype=torch.bfloat16)
+        assert {loaded.dtype, loaded.model.dtype, loaded.backbone.dtype, loaded.codec.dtype} == {torch.bfloat16}
+
+    def test_a_dc_ae_is_saved_as_diffusers_own(self, pipeline, tmp_path):
+        codec = load_codec("dc-ae", path=save_tiny_dc_ae(tmp_path / "dc_ae"))
+        LatteFlowPipeline(**pipeline.components | {"codec": codec}).save_pretrained(tmp_path / "saved")
+        loaded = LatteFlowPipeline.from_pretrained(tmp_path / "saved").codec
+        assert loaded.fingerprint() == codec.fingerprint()
+        assert AutoencoderDC.from_pretrained(tmp_path / "saved" / "codec").config.scaling_factor == codec.scaling_factor
+        (tmp_path / "saved" / "codec" / "diffusion_pytorch_model.safetensors").unlink()
+        with pytest.raises(ValueError, match=r"path: cannot load .*codec"):
+            LatteFlowPipeline.from_pretrained(tmp_path / "saved")
+
+    def test_a_vlm_with_a_path_of_its_own_is_saved_by_reference(self, pipeline, tmp_path):
+        folder, saved = tmp_path / "vlm", tmp_path / "saved"
+        pipeline.backbone.save_pretrained(folder)
+        reference = {"vlm_path": str(folder), "vlm_fingerprint": fingerprint(folder)}
+        referring = LatteFlowPipeline(**pipeline.components, **reference)
+        referring.save_pretrained(saved)
+        assert referring.vlm is pipeline.vlm
+        assert not (saved / "vlm").exists()
+        assert json.loads((saved / "model_index.json").read_text())["vlm"] == [None, None]
+        assert_draw_the_same(pipeline, LatteFlowPipeline.from_pretrained(saved))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"comment": "another one"}))
+        if pipeline.vlm is None:  # a Blend has trained its own
+            assert_draw_the_same(pipeline, LatteFlowPipeline.from_pretrained(saved))
+            return
+        with pytest.raises(ValueError, match=r"path: .* is not the VLM that this model was trained with"):
+            LatteFlowPipeline.from_pretrained(saved)
+        without = LatteFlowPipeline.from_pretrained(saved, vlm=None)
+        with pytest.raises(ValueError, match="vlm: None; a Couple model reads prompts"):
+            without("a red square")
+        assert_draw_the_same(pipeline, LatteFlowPipeline.from_pretrained(saved, vlm=pipeline.vlm))
+
+    def test_building_one_leaves_the_networks_as_they_are(self, pipeline):
+        model = copy.deepcopy(pipeline.model).train()
+        LatteFlowPipeline(**pipeline.components | {"model": model})
+        assert all(module.training for module in model.modules())
+        if pipeline.vlm is None:
+            with pytest.raises(ValueError, match="vlm: given; accepted: None, for a Blend model holds its own"):
+                LatteFlowPipeline(**pipeline.components | {"vlm": model.vlm})
+
+    def test_offloading_runs_each_component_where_it_computes(self, pipeline):
+        """The hooks' order on a CPU, where nothing moves: each component is fetched and the one before it put away."""
+        offloaded = copy.deepcopy(pipeline)
+        offloaded.enable_model_cpu_offload(device="cpu")
+        fetched = []
+        for name, component in offloaded.components.items():
+            if hook := getattr(component, "_hf_hook", None):
+                fetch = hook.pre_forward
+                hook.pre_forward = lambda *args, n=name, f=fetch, **kwargs: (fetched.append(n), f(*args, **kwargs))[1]
+        offloaded._onload_backbone()
+        assert_draw_the_same(pipeline, offloaded)
+        first = ["model"] if pipeline.vlm is None else ["vlm"]
+        assert list(dict.fromkeys(fetched)) == list(dict.fromkeys([*first, "model", "codec"]))
+        assert offloaded.ask(picture("red"), QUESTION) == pipeline.ask(picture("red"), QUESTION)
+
+    def test_offloading_without_an_accelerator_is_diffusers_error(self, pipeline, monkeypatch):
+        monkeypatch.setattr(pipeline_utils, "get_device", lambda: "cpu")
+        with pytest.raises(RuntimeError, match="requires accelerator, but not found"):
+            copy.deepcopy(pipeline).enable_model_cpu_offload()
+
+    def test_weights_of_another_network_are_refused(self, pipeline, tmp_path):
+        pipeline.save_pretrained(tmp_path)
+        file = tmp_path / "model" / "model.safetensors"
+        weights = load_file(file)
+        name = "image_io.0.head.weight"
+        for changed, message in (
+            ({n: w for n, w in weights.items() if n != name}, f"1 missing: {name}"),
+            (weights | {"surplus": weights[name].clone()}, "1 unknown: surplus"),
+            (weights | {name: weights[name][:-1].clone()}, f"1 of another shape: {name}"),
+        ):
+            save_file(changed, file, {"format": "pt"})
+            with pytest.raises(ValueError, match=f"weights: {message}; they are not of this network"):
+                LatteFlowPipeline.from_pretrained(tmp_path)
 
 
 class TestCall:
@@ -169,22 +320,31 @@ def test_what_cannot_be_asked_is_named(pipeline):
         pipeline.ask("red.png", QUESTION)
 
 
-def test_what_a_conversion_has_written_is_not_written_over(pipeline, tmp_path):
+def test_only_a_saved_pipeline_is_written_over(pipeline, tmp_path):
     (tmp_path / "export.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds an export \(export.json\); accepted: another folder"):
+    with pytest.raises(ValueError, match="holds something else than a saved pipeline; accepted: a new or empty folder"):
         pipeline.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["export.json"]
+    pipeline.save_pretrained(tmp_path / "new")
+    pipeline.save_pretrained(tmp_path / "new")
+
+
+def test_a_folder_of_another_layout_is_named(pipeline, tmp_path):
+    save_model_folder(pipeline, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json not found; .*load_pipeline opens runs"):
+        LatteFlowPipeline.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "{", '{"resolution": 4, "colour": "red"}'])
 def test_a_damaged_description_is_named(pipeline, tmp_path, content):
-    pipeline.save_pretrained(tmp_path)
+    save_model_folder(pipeline, tmp_path)
     (tmp_path / "pipeline.json").write_text(content)
-    with pytest.raises(ValueError, match=r"pipeline\.json: damaged"):
-        LatteFlowPipeline.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"pipeline\.json: damaged"):
+        load_pipeline(tmp_path)
 
 
 def test_a_folder_without_tokenizer_is_refused_without_asking_the_hub(pipeline, tmp_path):
-    pipeline.save_pretrained(tmp_path)
+    save_model_folder(pipeline, tmp_path)
     (tmp_path / "tokenizer").rename(tmp_path / "gone")
-    with pytest.raises(ValueError, match="tokenizer not found; accepted: an exported model folder"):
-        LatteFlowPipeline.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="tokenizer not found; accepted: a model folder"):
+        load_pipeline(tmp_path)

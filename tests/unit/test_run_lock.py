@@ -66,10 +66,10 @@ def test_the_holder_names_its_slurm_job(tmp_path, monkeypatch):
 
 
 def test_a_run_that_was_refused_leaves_no_folder_of_its_own(tmp_path):
-    RunLock(tmp_path / "a" / "b").release(unused=True)
+    RunLock(tmp_path / "a" / "b").release()
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").mkdir()
-    RunLock(tmp_path / "mine" / "run").release(unused=True)
+    RunLock(tmp_path / "mine" / "run").release()
     assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
 
 

@@ -1,19 +1,21 @@
 """Image sources: each layout gives the same pictures in a defined order, broken ones are counted, errors name the field."""
 
+import hashlib
 import io
 import json
-import sys
 import tarfile
+from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from latte_flow.model.images import to_uint8
 from latte_flow.training.configs.fields import DataConfig
-from latte_flow.training.data.class_names import imagenet_names
+from latte_flow.training.data.class_names import imagenet_names, resolve_class_names
 from latte_flow.training.data.datasets import load_image_dataset
 from latte_flow.training.data.images import BrokenImageError, center_crop, decode_image
 from latte_flow.training.data.sources import detect_dataset
@@ -137,18 +139,6 @@ def test_webdataset_classes_are_named_by_a_file(tmp_path):
 # --- class names -----------------------------------------------------------------------------------------------------------
 
 
-def install_torchvision(folder, monkeypatch, count=1000):
-    """Put a package like torchvision on the path that cannot be imported, as next to a torch that it was not built for."""
-    (folder / "torchvision" / "models").mkdir(parents=True)
-    (folder / "torchvision" / "__init__.py").write_text(
-        "raise RuntimeError('operator torchvision::nms does not exist')"
-    )
-    names = [f"name {i}" for i in range(count)]
-    (folder / "torchvision" / "models" / "_meta.py").write_text(f"_IMAGENET_CATEGORIES = {names!r}\n")
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-
-
 WNIDS = [f"n{i:08d}" for i in range(1000)]
 
 
@@ -157,27 +147,29 @@ def imagenet(tmp_path_factory):
     return write_folders(tmp_path_factory.mktemp("imagenet") / "train", WNIDS, each=1)
 
 
-def test_imagenet_folders_get_torchvisions_names_though_it_cannot_be_imported(imagenet, tmp_path, monkeypatch):
-    install_torchvision(tmp_path, monkeypatch)
+def test_imagenet_folders_get_imagenets_names(imagenet, caplog):
     images = load_image_dataset(config("imagefolder", imagenet))
-    assert images.class_names == [f"name {i}" for i in range(1000)]
-    assert images.prompts[images.prompt_rows[417]] == "Generate an image of name 417."
+    assert images.class_names == imagenet_names()
+    assert images.prompts[images.prompt_rows[417]] == "Generate an image of balloon."
+    assert not caplog.records
 
 
-def test_imagenet_folders_without_torchvision_fall_back_to_their_names_and_say_so(imagenet, monkeypatch, caplog):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    images = load_image_dataset(config("imagefolder", imagenet))
-    assert images.class_names == WNIDS
-    assert len(caplog.records) == 1
-    assert "torchvision" in caplog.text
-    with pytest.raises(UserError, match=r"data\.class_names: imagenet-1k takes the names from torchvision"):
-        load_image_dataset(config("imagefolder", imagenet, class_names="imagenet-1k"))
+def test_imagenets_names_are_torchvisions():
+    """The list in torchvision 0.29.1's weight metadata, joined by line ends."""
+    names = imagenet_names()
+    assert len(set(names)) == 1000
+    assert (names[0], names[134], names[517], names[999]) == ("tench", "crane bird", "crane", "toilet tissue")
+    assert hashlib.sha256("\n".join(names).encode()).hexdigest() == (
+        "0b0f9fee7c952f257418d62aa701f023a9da13b443a14f5c4291e5724d92967c"
+    )
 
 
-def test_names_of_another_torchvision_are_refused(tmp_path, monkeypatch):
-    install_torchvision(tmp_path, monkeypatch, count=10)
-    with pytest.raises(UserError, match=r"data\.class_names: no 1000 ImageNet names"):
-        imagenet_names()
+def test_imagenets_names_can_be_asked_for_and_need_1000_classes():
+    numbers = [str(i) for i in range(1000)]
+    assert resolve_class_names("imagenet-1k", numbers) == imagenet_names()
+    assert resolve_class_names(None, numbers) == numbers
+    with pytest.raises(UserError, match=r"data\.class_names: imagenet-1k has 1000 classes, the data has 2"):
+        resolve_class_names("imagenet-1k", ["cat", "dog"])
 
 
 def test_a_subset_of_imagenet_takes_its_names_from_the_synset_file(tmp_path, caplog):
@@ -251,6 +243,86 @@ def test_damaged_bytes_are_an_image_or_a_broken_image_and_nothing_else():
             except BrokenImageError:
                 outcomes.add("broken")
     assert outcomes == {(3, SIDE, SIDE), "broken"}
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> dict:
+    """Return a picture as a column of images holds it."""
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return {"bytes": stream.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1), (12_000, 12_000)])
+def test_a_picture_of_an_absurd_shape_is_broken_before_it_is_decoded(size, monkeypatch):
+    value = encoded(Image.new("1", size))
+    monkeypatch.setattr(Image.Image, "resize", lambda *_: pytest.fail("was scaled"))
+    with pytest.raises(BrokenImageError, match=rf"{size[0]} x {size[1]} pixels; accepted: sides of at most 1 to 50"):
+        decode_image(value, 256)
+
+
+def test_deep_pictures_are_scaled_and_not_clipped():
+    ramp = np.linspace(0, 1, SIDE * SIDE).reshape(SIDE, SIDE)
+    expected = decode_image(encoded(Image.fromarray(np.rint(ramp * 255).astype(np.uint8))), SIDE)
+    sixteen = Image.fromarray(np.rint(ramp * 65535).astype(np.uint16))
+    for value in (encoded(sixteen), encoded(Image.fromarray(ramp.astype(np.float32)), "TIFF")):
+        assert (decode_image(value, SIDE) - expected).abs().max() <= 1 / 127.5
+    for wrong in (ramp * 1000, ramp - 1, ramp * np.nan):
+        with pytest.raises(BrokenImageError, match=r"mode F with values from"):
+            decode_image(encoded(Image.fromarray(wrong.astype(np.float32)), "TIFF"), SIDE)
+
+
+def test_transparency_is_dropped():
+    colour = (200, 40, 90)
+    seen = decode_image(encoded(Image.new("RGBA", (SIDE, SIDE), (*colour, 0))), SIDE)
+    assert torch.equal(seen, decode_image(encoded(Image.new("RGB", (SIDE, SIDE), colour)), SIDE))
+
+
+def test_postscript_under_the_name_of_a_picture_is_not_run(tmp_path, monkeypatch):
+    file = tmp_path / "picture.jpg"
+    Image.new("RGB", (8, 8)).save(file, "EPS")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    for value in ({"bytes": None, "path": str(file)}, {"bytes": file.read_bytes(), "path": None}):
+        with pytest.raises(BrokenImageError, match=r"cannot identify"):
+            decode_image(value, SIDE)
+
+
+@pytest.mark.parametrize("path", ["https://example.org/a.png", "zip://a.png::/tmp/a.zip", "/dev/stdin", "/tmp"])
+def test_only_regular_local_files_are_opened(path):
+    with pytest.raises(
+        BrokenImageError, match=r"is no regular file here; accepted: bytes, or the path of a local file"
+    ):
+        decode_image({"bytes": None, "path": path}, SIDE)
+
+
+def labelled(folder: Path, labels: list[int], names: list[str] | None) -> DataConfig:
+    """Write a Parquet file of pictures with numbers for classes, which datasets does not check when it reads them."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = {"image": [encoded(picture(i, SIDE)) for i in range(len(labels))], "label": labels}
+    file = folder / "train.parquet"
+    datasets.Dataset.from_dict(rows, features).to_parquet(file)
+    if names:
+        table = pq.read_table(file)
+        declared = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        metadata = {"huggingface": json.dumps({"info": {"features": declared.to_dict()}})}
+        pq.write_table(table.replace_schema_metadata(metadata), file)
+    return DataConfig(dataset="parquet", path=str(file), resolution=SIDE, max_broken_fraction=0.3)
+
+
+def test_a_label_outside_the_classes_costs_its_row(tmp_path):
+    images = load_image_dataset(labelled(tmp_path, [0, 1, 2, 0], ["cat", "dog"]))
+    assert len(images.prompts) == 2
+    image, row = images[2]
+    assert row == 0
+    assert torch.equal(image, images[3][0])
+    assert images.reason_broken(2) == "class 2; accepted: 0 to 1"
+
+
+def test_an_absurd_class_is_refused_before_prompts_are_made(tmp_path):
+    config = labelled(tmp_path, [0, 10**9, 1], None)
+    with pytest.raises(
+        UserError, match=r"data.text_column: label of row 1 of .* is class 1000000000; accepted: less than"
+    ):
+        load_image_dataset(config)
 
 
 def with_broken(tmp_path, *broken, total=9):

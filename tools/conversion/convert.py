@@ -10,7 +10,6 @@ import torch
 from latte_flow.model.configuration import LatteFlowConfig, load_network_config
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.partition import check_tensor_parallel
-from latte_flow.model.pipeline import PIPELINE_FILE, TOKENIZER_FOLDER
 from latte_flow.tools.conversion.megatron_gpt import compare_megatron_gpt, write_megatron_gpt
 from latte_flow.tools.conversion.output_folder import check_output, make_partial_folder, put_in_place
 from latte_flow.tools.conversion.qwen2_vl import compare_qwen2_vl, load_understanding_path, write_qwen2_vl
@@ -26,6 +25,7 @@ from latte_flow.training.checkpoint.formats.matching import MatchedSource
 from latte_flow.training.checkpoint.formats.recognise import open_weights
 from latte_flow.training.checkpoint.formats.source import EMA, EXPORT_FILE, MODEL, WeightSource
 from latte_flow.training.checkpoint.manifest import describe_file
+from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE, TOKENIZER_FOLDER
 from latte_flow.training.checkpoint.opening import OpenedCheckpoint, open_checkpoint
 from latte_flow.training.durable import sync_folder, write_synced
 from latte_flow.training.errors import UserError

@@ -10,9 +10,9 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from latte_flow.model.backbone import load_vlm
 from latte_flow.model.configuration import LatteFlowConfig
-from latte_flow.model.pipeline import TOKENIZER_FOLDER, PipelineConfig
 from latte_flow.training.checkpoint.formats.matching import load_weights
 from latte_flow.training.checkpoint.formats.source import TensorInfo, WeightSource
+from latte_flow.training.checkpoint.model_folder import TOKENIZER_FOLDER, PipelineConfig
 
 PREFIX = "vlm."
 """Of the VLM's weights in a Blend model."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from latte_flow.training.checkpoint.trained_weights import read_weights
+from latte_flow.training.checkpoint.opening import read_weights
 
 VALID, PARTIAL = "valid", "partial"
 COMPARED = re.compile(r"step|samples|lr|loss.*|grad_norm.*")

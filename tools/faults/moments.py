@@ -142,25 +142,25 @@ class Moments:
         Trainer.train_step = announcing
 
     def _in_the_model_folder(self) -> None:
-        from latte_flow.model.pipeline import LatteFlowPipeline
+        from latte_flow.training import run_folder
 
-        save_components = LatteFlowPipeline.save_components
+        save_components = run_folder.save_components
 
-        def slow(pipeline, folder):
-            save = pipeline.tokenizer.save_pretrained
+        def slow(*args, tokenizer, **kwargs):
+            save = tokenizer.save_pretrained
 
             def save_and_stay(*args, **kwargs):
                 result = save(*args, **kwargs)
                 self._stay()
                 return result
 
-            pipeline.tokenizer.save_pretrained = save_and_stay
+            tokenizer.save_pretrained = save_and_stay
             try:
-                save_components(pipeline, folder)
+                save_components(*args, tokenizer=tokenizer, **kwargs)
             finally:
-                del pipeline.tokenizer.save_pretrained
+                del tokenizer.save_pretrained
 
-        LatteFlowPipeline.save_components = slow
+        run_folder.save_components = slow
 
     def _in_a_sample(self) -> None:
         from latte_flow.training.objectives.flow_matching import FlowMatchingSamples

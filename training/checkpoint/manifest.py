@@ -16,7 +16,7 @@ from latte_flow.training.errors import UserError
 
 CHECKPOINTS_FOLDER = "checkpoints"
 MODEL_FOLDER = "model"
-"""Folders of an output_dir: the checkpoints, and the model folder without weights (model/pipeline.py)."""
+"""Folders of an output_dir: the checkpoints, and the model folder without weights (model_folder.py)."""
 MANIFEST = "manifest.json"
 LATEST = "latest"
 """DeepSpeed's file that names the newest checkpoint of a folder."""

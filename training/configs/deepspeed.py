@@ -3,19 +3,32 @@
 import copy
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deepspeed.runtime.config import DeepSpeedConfig
 
+from latte_flow.training.configs.bundled import find_file
 from latte_flow.training.configs.fields import TrainingConfig
-from latte_flow.training.distributed.batch_layout import BatchLayout
 from latte_flow.training.errors import UserError
+
+if TYPE_CHECKING:  # distributed/ lies above configs/
+    from latte_flow.training.distributed.batch_layout import BatchLayout
 
 SUPPORTED_STAGES = (1, 2, 3)
 UNCHECKED = {"steps_per_print": int, "wall_clock_breakdown": bool, "zero_force_ds_cpu_optimizer": bool}
 """Fields of the files in ds_configs/ whose values DeepSpeed takes as they are, and fails on in the middle of the run."""
 
 
-def load_deepspeed_config(config: TrainingConfig, layout: BatchLayout) -> dict:
+def deepspeed_file(config: TrainingConfig) -> Path:
+    """Return DeepSpeed's configuration file of a run; a bundled one also outside a checkout.
+
+    Raises:
+        UserError: when there is none.
+    """
+    return find_file("deepspeed", config.deepspeed, "ds_configs", ".json")
+
+
+def load_deepspeed_config(config: TrainingConfig, layout: "BatchLayout") -> dict:
     """Return DeepSpeed's configuration for this run.
 
     A field that is "auto", or one of the batch size, clipping and precision fields left out, takes the training configuration's
@@ -25,9 +38,7 @@ def load_deepspeed_config(config: TrainingConfig, layout: BatchLayout) -> dict:
         UserError: when the file is missing or no JSON object, contradicts the training configuration, or asks for a ZeRO stage or
             an option that this trainer does not support.
     """
-    path = Path(config.deepspeed)
-    if not path.is_file():
-        raise UserError(f"deepspeed: {path} not found; accepted: a DeepSpeed JSON file such as ds_configs/zero2.json")
+    path = deepspeed_file(config)
     try:
         result = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:  # not readable, no text, no JSON, or lists without end
@@ -44,10 +55,8 @@ def load_deepspeed_config(config: TrainingConfig, layout: BatchLayout) -> dict:
         "gradient_accumulation_steps": ("global_batch_size", layout.accumulation_steps),
         "gradient_clipping": ("optimizer.grad_clip", config.optimizer.grad_clip),
         "bf16.enabled": ("precision", config.precision == "bf16"),
-        "zero_allow_untested_optimizer": (
-            "optimizer",
-            True,
-        ),  # AdamW with the moving average is none that DeepSpeed knows
+        # AdamW with the moving average is none that DeepSpeed knows.
+        "zero_allow_untested_optimizer": ("optimizer", True),
     }
     for key, (field, value) in decided.items():
         *sections, name = key.split(".")
@@ -61,9 +70,9 @@ def load_deepspeed_config(config: TrainingConfig, layout: BatchLayout) -> dict:
     for key in ("optimizer", "scheduler", "fp16"):
         if key in result:
             raise UserError(f"deepspeed: {path} has {key!r}; accepted: none, training/main.py brings its own")
-    for section, name in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
-        if result.get(section, {}).get(name, True) is not True:  # a step that is not finite would be taken
-            raise UserError(f"deepspeed: {path} sets {section}.{name} to {result[section][name]!r}; accepted: true")
+    for part, name in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
+        if result.get(part, {}).get(name, True) is not True:  # a step that is not finite would be taken
+            raise UserError(f"deepspeed: {path} sets {part}.{name} to {result[part][name]!r}; accepted: true")
     for key, kind in UNCHECKED.items():
         if key in result and (type(result[key]) is not kind or result[key] < 0):
             raise UserError(f"deepspeed: {path} sets {key} to {result[key]!r}; accepted: {kind.__name__}, not negative")

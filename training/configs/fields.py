@@ -1,25 +1,34 @@
-"""The fields of a training run: typed dataclasses, each with the meaning of its fields and a check of their values.
+"""The fields of a training run: dataclasses with the meaning of each field, and a type that says which values it accepts.
 
-The fields under ``model`` are those of model.configuration.LatteFlowConfig. training/configs/parser.py reads them all, from YAML
-files and the command line.
+training/configs/parser.py reads them from YAML files and the command line.
 """
 
-import math
-import os
-import string
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import timedelta
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
+
+from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.training.configs.checked import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OptionalPath,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    PromptTemplate,
+    Real,
+    checked,
+)
 from latte_flow.training.errors import UserError
 
 MINUTES_OF_A_YEAR = 365 * 24 * 60
 RESUME_AUTO, RESUME_NEVER = "auto", "never"
-LIMIT = 2**64
-"""No number of a run reaches it: beyond, integers become no floats."""
 
 
-@dataclass
+@checked
 class TinyVlmConfig:
     """A tiny random Qwen2-VL, built from these sizes where ``vlm.path`` is not given.
 
@@ -35,17 +44,26 @@ class TinyVlmConfig:
         seed: of the random weights.
     """
 
-    hidden_size: int = 128
-    num_hidden_layers: int = 8
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    intermediate_size: int = 256
-    initializer_range: float = 0.15
-    vocab_size: int = 512
-    seed: int = 0
+    hidden_size: PositiveInt = 128
+    num_hidden_layers: PositiveInt = 8
+    num_attention_heads: PositiveInt = 4
+    num_key_value_heads: PositiveInt = 2
+    intermediate_size: PositiveInt = 256
+    initializer_range: PositiveFloat = 0.15
+    vocab_size: PositiveInt = 512
+    seed: NonNegativeInt = 0
+
+    def __post_init__(self):
+        heads, shared = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % (4 * heads):  # the 2D rotary embedding turns quarters of a head
+            raise UserError(
+                f"hidden_size: got {self.hidden_size}; accepted: multiples of 4 x num_attention_heads {heads}"
+            )
+        if heads % shared:
+            raise UserError(f"num_key_value_heads: got {shared}; accepted: divisors of num_attention_heads {heads}")
 
 
-@dataclass
+@checked
 class VlmConfig:
     """The vision-language model.
 
@@ -57,13 +75,13 @@ class VlmConfig:
         context_cache_gib: memory for it, a GPU.
     """
 
-    path: str | None = None
+    path: OptionalPath = None
     tiny: TinyVlmConfig = field(default_factory=TinyVlmConfig)
     context_cache: Literal["auto", "all", "lru", "none"] = "auto"
-    context_cache_gib: float = 8.0
+    context_cache_gib: PositiveFloat = 8.0
 
 
-@dataclass
+@checked
 class CodecConfig:
     """The latent codec.
 
@@ -76,13 +94,13 @@ class CodecConfig:
     """
 
     kind: Literal["pixel", "dc-ae"] = "dc-ae"
-    path: str | None = None
+    path: OptionalPath = None
     preset: Literal["dc-ae-f32c32-in-1.0", "dc-ae-f32c32-sana-1.0"] | None = None
     scaling_factor: float | None = None
-    patch: int = 1
+    patch: PositiveInt = 1
 
 
-@dataclass
+@checked
 class DataConfig:
     """The training images and their prompts.
 
@@ -107,22 +125,22 @@ class DataConfig:
     """
 
     dataset: Literal["digits", "imagefolder", "parquet", "webdataset", "saved", "latents"] = "digits"
-    path: str | None = None
+    path: OptionalPath = None
     image_column: str = "auto"
     text_column: str = "auto"
-    class_names: str | None = None
-    max_broken_fraction: float = 0.001
-    resolution: int = 256
-    prompt_template: str = "Generate an image of {}."
+    class_names: OptionalPath = None
+    max_broken_fraction: Fraction = 0.001
+    resolution: PositiveInt = 256
+    prompt_template: PromptTemplate = "Generate an image of {}."
     null_prompt: str = ""
-    max_prompt_tokens: int = 256
-    condition_drop: float = 0.1
+    max_prompt_tokens: PositiveInt = 256
+    condition_drop: Fraction = 0.1
     horizontal_flip: bool = True
-    num_workers: int = 4
+    num_workers: NonNegativeInt = 4
     allow_changed: bool = False
 
 
-@dataclass
+@checked
 class OptimizerConfig:
     """AdamW, its learning rate, gradient clipping and the moving average of the weights.
 
@@ -135,15 +153,20 @@ class OptimizerConfig:
         ema_decay: decay of the exponential moving average that is sampled and evaluated; early steps use less, see ema.py.
     """
 
-    lr: float = 5e-4
+    lr: PositiveFloat = 5e-4
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.01
-    grad_clip: float = 1.0
-    warmup_steps: int = 1000
-    ema_decay: float = 0.9999
+    weight_decay: NonNegativeFloat = 0.01
+    grad_clip: NonNegativeFloat = 1.0
+    warmup_steps: NonNegativeInt = 1000
+    ema_decay: Fraction = 0.9999
+
+    def __post_init__(self):
+        for i, beta in enumerate(self.betas):
+            if not 0 <= beta < 1:
+                raise UserError(f"betas[{i}]: got {beta}; accepted: 0 to less than 1")
 
 
-@dataclass
+@checked
 class CheckpointConfig:
     """Checkpoints.
 
@@ -154,13 +177,13 @@ class CheckpointConfig:
         asynchronous: whether training goes on while a checkpoint is written; the host's memory then holds a copy of the state.
     """
 
-    every: int = 5000
-    keep_last: int = 3
-    keep_every: int = 0
+    every: PositiveInt = 5000
+    keep_last: NonNegativeInt = 3
+    keep_every: NonNegativeInt = 0
     asynchronous: bool = False
 
 
-@dataclass
+@checked
 class HealthConfig:
     """What is watched while a run trains.
 
@@ -171,10 +194,10 @@ class HealthConfig:
         hang_minutes: a run in which a rank has not moved on for so long ends and says which, and where it stands.
     """
 
-    max_skipped_steps: int = 10
-    spike_ratio: float = 3.0
-    spike_window: int = 100
-    hang_minutes: float = 15.0
+    max_skipped_steps: PositiveInt = 10
+    spike_ratio: PositiveFloat = 3.0
+    spike_window: PositiveInt = 100
+    hang_minutes: Annotated[float, Field(strict=True, gt=0, le=MINUTES_OF_A_YEAR)] = 15.0
 
     @property
     def patience(self) -> timedelta:
@@ -182,7 +205,7 @@ class HealthConfig:
         return timedelta(minutes=self.hang_minutes + 10)
 
 
-@dataclass
+@checked
 class LoggingConfig:
     """metrics.jsonl and TensorBoard.
 
@@ -191,11 +214,11 @@ class LoggingConfig:
         timestep_bins: into how many equal bins of tau the loss is split.
     """
 
-    every: int = 50
-    timestep_bins: int = 10
+    every: PositiveInt = 50
+    timestep_bins: PositiveInt = 10
 
 
-@dataclass
+@checked
 class SampleConfig:
     """The fixed-seed sample grid drawn from the averaged weights during training.
 
@@ -208,15 +231,37 @@ class SampleConfig:
         seed: of the grid's noise.
     """
 
-    every: int = 5000
-    num_images: int = 64
-    num_steps: int = 40
-    cfg_scale: float = 5.0
+    every: NonNegativeInt = 5000
+    num_images: PositiveInt = 64
+    num_steps: PositiveInt = 40
+    cfg_scale: Real = 5.0
     solver: Literal["euler", "heun"] = "euler"
-    seed: int = 0
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0  # with the picture's number it makes 64 bits
 
 
-@dataclass
+@checked
+class NetworkConfig:
+    __doc__ = LatteFlowConfig.__doc__  # the fields are its own, and so are the checks of their values
+
+    variant: Literal["couple", "blend"] = "couple"
+    shared_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    num_groups: PositiveInt = 4
+    timestep_overlap: Real = 100.0
+    timestep_boundaries: list[float] | None = None
+    group_io: Literal["shared", "per_group"] = "shared"
+    residual_attention: bool = True
+    residual_source: Literal["raw", "accumulated"] = "raw"
+    residual_space: Literal["logits", "probabilities"] = "logits"
+    attention_backend: Literal["auto", "reference", "sdpa", "flash"] = "auto"
+    context_projection: Literal["generation", "vlm"] = "generation"
+    post_norm: bool = True
+    modulation: Literal["four", "six"] = "four"
+    patch_size: PositiveInt = 1
+    rope_2d_theta: PositiveFloat = 10000.0
+    timestep_frequencies: PositiveInt = 256
+
+
+@checked
 class TrainingConfig:
     """A training run.
 
@@ -239,15 +284,15 @@ class TrainingConfig:
         precision: bf16, weights and activations in bfloat16 with float32 master weights; fp32.
     """
 
-    output_dir: str = "runs/latte_flow"
-    deepspeed: str = "ds_configs/zero2.json"
-    resume: str = "auto"
-    init_from: str | None = None
-    seed: int = 0
-    max_steps: int = 240_000
-    global_batch_size: int = 2048
+    output_dir: PathText = "runs/latte_flow"
+    deepspeed: PathText = "ds_configs/zero2.json"
+    resume: PathText = "auto"
+    init_from: OptionalPath = None
+    seed: NonNegativeInt = 0
+    max_steps: PositiveInt = 240_000
+    global_batch_size: PositiveInt = 2048
     micro_batch_size: int | None = None
-    tensor_parallel: int = 1
+    tensor_parallel: PositiveInt = 1
     groups_per_sample: Literal[1, "all"] = 1
     precision: Literal["bf16", "fp32"] = "bf16"
     vlm: VlmConfig = field(default_factory=VlmConfig)
@@ -258,115 +303,10 @@ class TrainingConfig:
     health: HealthConfig = field(default_factory=HealthConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
-    model: dict = field(default_factory=dict)
-
-    def __post_init__(self):
-        positive = {
-            "max_steps": self.max_steps,
-            "global_batch_size": self.global_batch_size,
-            "tensor_parallel": self.tensor_parallel,
-            "checkpoint.every": self.checkpoint.every,
-            "health.max_skipped_steps": self.health.max_skipped_steps,
-            "health.spike_ratio": self.health.spike_ratio,
-            "health.spike_window": self.health.spike_window,
-            "health.hang_minutes": self.health.hang_minutes,
-            "logging.every": self.logging.every,
-            "logging.timestep_bins": self.logging.timestep_bins,
-            "data.resolution": self.data.resolution,
-            "data.max_prompt_tokens": self.data.max_prompt_tokens,
-            "optimizer.lr": self.optimizer.lr,
-            "sample.num_steps": self.sample.num_steps,
-            "sample.num_images": self.sample.num_images,
-            "codec.patch": self.codec.patch,
-            "vlm.context_cache_gib": self.vlm.context_cache_gib,
-        }
-        positive |= {f"vlm.tiny.{name}": value for name, value in vars(self.vlm.tiny).items() if name != "seed"}
-        for name, value in positive.items():
-            if not 0 < value < LIMIT:  # nor is NaN
-                raise UserError(f"{name}: got {value}; accepted: greater than 0, less than 2^64")
-        tiny = self.vlm.tiny
-        if tiny.hidden_size % (4 * tiny.num_attention_heads):  # the 2D rotary embedding turns quarters of a head
-            raise UserError(
-                f"vlm.tiny.hidden_size: got {tiny.hidden_size}; accepted: multiples of 4 x num_attention_heads "
-                f"{tiny.num_attention_heads}"
-            )
-        if tiny.num_attention_heads % tiny.num_key_value_heads:
-            raise UserError(
-                f"vlm.tiny.num_key_value_heads: got {tiny.num_key_value_heads}; accepted: divisors of num_attention_heads "
-                f"{tiny.num_attention_heads}"
-            )
-        fractions = {
-            "data.condition_drop": self.data.condition_drop,
-            "data.max_broken_fraction": self.data.max_broken_fraction,
-            "optimizer.ema_decay": self.optimizer.ema_decay,
-        }
-        fractions |= {f"optimizer.betas[{i}]": beta for i, beta in enumerate(self.optimizer.betas)}
-        for name, value in fractions.items():
-            if not 0 <= value < 1:
-                raise UserError(f"{name}: got {value}; accepted: 0 to less than 1")
-        not_negative = {
-            "optimizer.weight_decay": self.optimizer.weight_decay,
-            "optimizer.grad_clip": self.optimizer.grad_clip,
-            "optimizer.warmup_steps": self.optimizer.warmup_steps,
-            "checkpoint.keep_last": self.checkpoint.keep_last,
-            "checkpoint.keep_every": self.checkpoint.keep_every,
-            "data.num_workers": self.data.num_workers,
-            "sample.every": self.sample.every,
-        }
-        for name, value in not_negative.items():
-            if not 0 <= value < LIMIT:
-                raise UserError(f"{name}: got {value}; accepted: 0 or more, less than 2^64")
-        if self.health.hang_minutes > MINUTES_OF_A_YEAR:
-            raise UserError(
-                f"health.hang_minutes: got {self.health.hang_minutes}; accepted: at most {MINUTES_OF_A_YEAR}"
-            )
-        # The generator takes 64 bits; a picture's seed is the run's and the picture's number, 32 bits each.
-        for name, value, bits in (
-            ("seed", self.seed, 64),
-            ("vlm.tiny.seed", self.vlm.tiny.seed, 64),
-            ("sample.seed", self.sample.seed, 32),
-        ):
-            if not 0 <= value < 2**bits:
-                raise UserError(f"{name}: got {value}; accepted: 0 to 2^{bits} - 1")
-        if not math.isfinite(self.sample.cfg_scale):
-            raise UserError(f"sample.cfg_scale: got {self.sample.cfg_scale}; accepted: a finite number")
-        paths = {
-            "output_dir": self.output_dir,
-            "deepspeed": self.deepspeed,
-            "resume": self.resume,
-            "init_from": self.init_from,
-        }
-        paths |= {"data.path": self.data.path, "data.class_names": self.data.class_names}
-        paths |= {"vlm.path": self.vlm.path, "codec.path": self.codec.path}
-        for name, value in paths.items():
-            if value is not None and not _is_path(value):
-                raise UserError(f"{name}: got {value[:80]!r} ({len(value)} characters); accepted: a path")
-        if not _has_one_blank(self.data.prompt_template):
-            raise UserError(
-                f"data.prompt_template: got {self.data.prompt_template!r}; accepted: a text with {{}} exactly once"
-                " (other braces doubled)"
-            )
+    model: NetworkConfig = field(default_factory=NetworkConfig)
 
 
-def _is_path(text: str) -> bool:
-    """Return whether the file system can be asked for a path at all."""
-    try:
-        encoded = os.fsencode(text)
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-    return b"\0" not in encoded and len(encoded) < 4096 and all(len(part) < 256 for part in encoded.split(b"/"))
-
-
-def _has_one_blank(template: str) -> bool:
-    """Return whether ``template.format(x)`` puts x in at exactly one place, as it is."""
-    try:
-        blanks = [blank for _, *blank in string.Formatter().parse(template) if blank[0] is not None]
-        return blanks == [["", "", None]]  # name, format and conversion: {:>9999999999} would fill the memory
-    except ValueError:  # a single brace
-        return False
-
-
-@dataclass(frozen=True)
+@checked
 class Assumptions:
     """What a dry run cannot count.
 
@@ -378,13 +318,8 @@ class Assumptions:
         prompt_tokens: tokens of a prompt in the chat format.
     """
 
-    gpus: int = 8
-    peak_tflops: float = 989.5
-    utilisation: float = 0.4
-    num_prompts: int = 1001
-    prompt_tokens: int = 32
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if not 0 < value < LIMIT:
-                raise UserError(f"assume.{name}: got {value}; accepted: greater than 0, less than 2^64")
+    gpus: PositiveInt = 8
+    peak_tflops: PositiveFloat = 989.5
+    utilisation: PositiveFloat = 0.4
+    num_prompts: PositiveInt = 1001
+    prompt_tokens: PositiveInt = 32

@@ -1,30 +1,24 @@
-"""The command line of training/main.py: YAML files (``--config``) and fields (``--optimizer.lr 1e-3``), read by jsonargparse.
+"""The command line of training/main.py: YAML files (``--config``) and fields (``--optimizer.lr 1e-3``).
 
 The command line wins over files. Unknown fields are errors.
 """
 
-import dataclasses
 import functools
-import inspect
 import re
 import sys
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from transformers import PretrainedConfig
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 
-from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.training.configs.bundled import find_file
+from latte_flow.training.configs.checked import from_values, shown
 from latte_flow.training.configs.fields import Assumptions, TrainingConfig
-from latte_flow.training.configs.yaml_file import check_config_file, plain_values
 from latte_flow.training.errors import UserError
 
 DEFAULT_CONFIG = Path(__file__).parent / "digits.yaml"
-
-# The VLM and the codec decide these; everything else of the network's configuration can be set under ``model``.
-DERIVED_MODEL_FIELDS = {"vlm_config", "latent_channels", "latent_size"}
 
 
 class OneLineParser(ArgumentParser):
@@ -36,7 +30,7 @@ class OneLineParser(ArgumentParser):
 
 @dataclass(frozen=True)
 class Command:
-    """A parsed command line: the run, and whether to only say what it would cost."""
+    """A parsed command line: the run, and whether to only print what it would cost."""
 
     config: TrainingConfig
     dry_run: bool
@@ -45,16 +39,15 @@ class Command:
 
 @functools.cache
 def make_parser() -> ArgumentParser:
-    """Return the parser of training/main.py: every field of TrainingConfig, and the network's under ``model``."""
+    """Return the parser of training/main.py: every field of TrainingConfig, with the defaults of the digits preset."""
     parser = OneLineParser(prog="training/main.py", description="Train LaTtE-Flow with DeepSpeed.", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file of fields; default: the digits preset")
+    parser.add_argument("--config", help="YAML file, or a preset's name; default: digits, whose values are shown here")
     # The launcher names the rank of each process it starts; DeepSpeed reads it from the environment.
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     parser.add_argument("--dry_run", action="store_true", help="print what the run would cost, and stop")
     parser.add_class_arguments(Assumptions, "assume")
-    parser.add_class_arguments(TrainingConfig, skip={"model"})
-    inherited = {f.name for f in dataclasses.fields(PretrainedConfig)}
-    parser.add_class_arguments(LatteFlowConfig, "model", skip=DERIVED_MODEL_FIELDS | inherited)
+    parser.add_class_arguments(TrainingConfig)
+    parser.set_defaults(dict(_leaves(read_yaml(DEFAULT_CONFIG))))
     return parser
 
 
@@ -62,34 +55,41 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     """Parse a command line. Without ``--config`` the digits preset is the start.
 
     Raises:
-        UserError: for an unknown field, a value of the wrong type, a missing file.
+        UserError: for an unknown field, a value that is not accepted, a missing file.
     """
     files, rest = _split_off_files(sys.argv[1:] if argv is None else argv)
-    files = files or [str(DEFAULT_CONFIG)]
-    for file in files:
-        check_config_file(file, _sections(TrainingConfig) | {"model", "assume"})
-    parser = make_parser()
+    values: dict = {}
+    for file in files or [str(DEFAULT_CONFIG)]:
+        _merge(values, read_yaml(find_file("config", file, "training/configs", ".yaml")))
+    for argument in rest:
+        # jsonargparse would append to nothing: it does not know the file's list.
+        if re.match(r"--[\w.]+\+(=|$)", argument):
+            raise UserError(f"{argument}: accepted: the whole list, without the plus")
     try:
-        # Later arguments win: the files come first wherever they stand on the command line.
-        namespace = parser.parse_args([f"--config={file}" for file in files] + rest)
+        given = make_parser().parse_args(rest, defaults=False)
     except UserError:
         raise
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from error
     except (ValueError, OverflowError) as error:  # of integers that are no floats, or that Python does not even print
-        number = re.search(r"(\S+?)[ =]-?\d{300}", " ".join(rest))
-        raise UserError(
-            f"{number[1].lstrip('-') if number else files[-1]}: {error}; accepted: less than 2^64"
-        ) from error
-    _check_values({f.name: f.type for f in dataclasses.fields(TrainingConfig) if f.name != "model"}, namespace)
-    _check_values({"model": _network_fields(), "assume": Assumptions}, namespace)
-    if not isinstance(namespace.dry_run, bool):
-        raise UserError(f"dry_run: got {namespace.dry_run!r}; accepted: true or false")
-    model = plain_values(namespace.model.as_dict())
-    fields = parser.instantiate(namespace)
-    names = [f.name for f in dataclasses.fields(TrainingConfig) if f.name != "model"]
-    config = TrainingConfig(**{name: fields[name] for name in names}, model=model)
-    return Command(config=config, dry_run=fields["dry_run"], assume=fields["assume"])
+        number = re.search(r"--(\S+?)[ =]-?\d{300}", " ".join(rest))
+        raise UserError(f"{number[1] if number else 'command line'}: {error}; accepted: less than 2^64") from error
+    given.pop("local_rank", None)
+    _merge(values, given.as_dict())  # the command line wins also where it stands in front of a file
+    return Command(
+        dry_run=from_values(bool, values.pop("dry_run", False), "dry_run"),
+        assume=from_values(Assumptions, values.pop("assume", {}), "assume"),
+        config=from_values(TrainingConfig, values),
+    )
+
+
+def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
+    """Parse a command line and return the run it describes.
+
+    Raises:
+        UserError: as ``parse_command``.
+    """
+    return parse_command(argv).config
 
 
 def _split_off_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -105,36 +105,53 @@ def _split_off_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, rest
 
 
-def _sections(fields: type, prefix: str = "") -> set[str]:
-    """Return the dotted names of the fields of a dataclass that are dataclasses, at any depth."""
-    inner = {f"{prefix}{f.name}": f.type for f in dataclasses.fields(fields) if dataclasses.is_dataclass(f.type)}
-    return inner.keys() | {name for field, kind in inner.items() for name in _sections(kind, f"{field}.")}
-
-
-def _network_fields() -> dict:
-    """Return the type of every field that can be set under ``model``."""
-    parameters = inspect.signature(LatteFlowConfig.__init__).parameters.values()
-    return {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in DERIVED_MODEL_FIELDS}
-
-
-def _check_values(types: dict, values: Namespace, prefix: str = "") -> None:
-    """Raise UserError for a null or a missing section, both of which jsonargparse lets through."""
-    for name, accepted in types.items():
-        value = values.get(name)
-        if dataclasses.is_dataclass(accepted):
-            accepted = {f.name: f.type for f in dataclasses.fields(accepted)}
-        if isinstance(accepted, dict):
-            if not isinstance(value, Namespace):
-                raise UserError(f"{prefix}{name}: got {value!r}; accepted: the fields {', '.join(accepted)}")
-            _check_values(accepted, value, f"{prefix}{name}.")
-        elif value is None and type(None) not in typing.get_args(accepted):
-            raise UserError(f"{prefix}{name}: got null; accepted: {getattr(accepted, '__name__', accepted)}")
-
-
-def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
-    """Parse a command line and return the run it describes.
+def read_yaml(path: Path) -> dict:
+    """Return the fields that a file sets, as plain values.
 
     Raises:
-        UserError: as ``parse_command``.
+        UserError: when it cannot be read, is no YAML mapping, or sets a field twice.
     """
-    return parse_command(argv).config
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"config: {path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # YAML's constructors let pass whatever float(), int() or a missing match raise
+        raise UserError(f"config: {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict | None):
+        raise UserError(f"config: {path} holds a {type(values).__name__}; accepted: a mapping of fields to values")
+    return values or {}
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a field that is set twice: YAML takes the last one, and a section's first part would be lost without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice} is set twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML reads YAML 1.1, in which 5e-4 is a text.
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+
+
+def _merge(values: dict, changes: dict, section: str = "") -> None:
+    """Set the changed fields of nested dicts; the others of their sections stay."""
+    for name, change in changes.items():
+        if name not in values or not isinstance(change, dict):
+            values[name] = change
+        elif isinstance(values[name], dict):
+            _merge(values[name], change, f"{section}{name}.")
+        else:
+            raise UserError(f"{section}{name}: got {shown(values[name])}; accepted: a mapping of its fields")
+
+
+def _leaves(values: dict, section: str = ""):
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{section}{name}.")
+        else:
+            yield section + name, value

@@ -8,7 +8,6 @@ import yaml
 
 from latte_flow.training.configs.fields import TrainingConfig
 from latte_flow.training.configs.parser import parse_config
-from latte_flow.training.configs.yaml_file import plain_values
 from latte_flow.training.durable import write_durably
 from latte_flow.training.errors import UserError
 
@@ -37,14 +36,14 @@ def save_config(config: TrainingConfig, path: Path) -> None:
 
 def to_yaml(config: TrainingConfig) -> str:
     """Return every field with its value as YAML text."""
-    return yaml.dump(plain_values(dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False)
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False)
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes every text that is not plainly one: readers of YAML disagree on what 0E0 is."""
 
 
-def _represent_text(dumper: yaml.Dumper, text: str) -> yaml.Node:
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if re.match(r"[A-Za-z/]", text) else '"')
 
 
@@ -75,13 +74,15 @@ def differences(saved: TrainingConfig, current: TrainingConfig) -> list[str]:
     """Return one line a field that differs between a saved run and the command that resumes it and may not."""
 
     def flatten(tree: dict, prefix: str = "") -> dict:
-        flat = {}
+        flat: dict[str, object] = {}
         for key, value in tree.items():
-            nested = isinstance(value, dict) and value
-            flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+            if isinstance(value, dict):
+                flat |= flatten(value, f"{prefix}{key}.")
+            else:
+                flat[prefix + key] = list(value) if isinstance(value, tuple) else value
         return flat
 
-    old, new = (flatten(plain_values(dataclasses.asdict(c))) for c in (saved, current))
+    old, new = (flatten(dataclasses.asdict(c)) for c in (saved, current))
     return [
         f"{name}: the run has {old.get(name)!r}, this command {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())

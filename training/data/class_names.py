@@ -1,7 +1,5 @@
 """Names of classes, for prompts: those of ImageNet-1k, those of a file, or those of the data set itself."""
 
-import ast
-import importlib.util
 import logging
 import re
 from pathlib import Path
@@ -14,27 +12,10 @@ IMAGENET = "imagenet-1k"
 WNID = re.compile(r"n\d{8}")
 
 
-def imagenet_names() -> list[str] | None:
-    """Return the 1000 names of ImageNet-1k in the order of its classes, from torchvision's weight metadata; None without it.
-
-    The list is read from torchvision's source and not imported: torchvision fails at import next to a torch that it was not built
-    for, and a list of names does not need it to work.
-
-    Raises:
-        UserError: when this torchvision keeps the names elsewhere.
-    """
-    spec = importlib.util.find_spec("torchvision")  # finds the folder, runs nothing of it
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    source = Path(spec.submodule_search_locations[0]) / "models" / "_meta.py"
-    for statement in ast.parse(source.read_text()).body if source.is_file() else ():
-        if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", "") == "_IMAGENET_CATEGORIES":
-            names = ast.literal_eval(statement.value)
-            if len(names) == 1000:
-                return names
-    raise UserError(
-        f"data.class_names: no 1000 ImageNet names in {source}; accepted: a file of names instead, see docs/data.md"
-    )
+def imagenet_names() -> list[str]:
+    """Return the 1000 names of ImageNet-1k in the order of its classes; the file says where they are from."""
+    lines = Path(__file__).with_name("imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if not line.startswith("#")]
 
 
 def resolve_class_names(wanted: str | None, own: list[str]) -> list[str]:
@@ -47,7 +28,7 @@ def resolve_class_names(wanted: str | None, own: list[str]) -> list[str]:
         own: the data set's names: folders, ClassLabel names or numbers.
 
     Raises:
-        UserError: when the file is missing or does not fit the classes, or ImageNet's names are asked for and cannot be had.
+        UserError: when the file is missing, or the names do not fit the classes.
     """
     if wanted is not None and wanted != IMAGENET:
         return _names_from_file(Path(wanted), own)
@@ -65,20 +46,7 @@ def resolve_class_names(wanted: str | None, own: list[str]) -> list[str]:
         raise UserError(
             f"data.class_names: {IMAGENET} has 1000 classes, the data has {len(own)}; accepted: a file of names"
         )
-    names = imagenet_names()
-    if names is not None:
-        return names
-    if wanted == IMAGENET:
-        raise UserError(
-            f"data.class_names: {IMAGENET} takes the names from torchvision, which is not installed; accepted: install the extra "
-            "'imagenet' (pip install -e '.[imagenet]'), or a file of names"
-        )
-    logger.warning(
-        "torchvision, which has the names of ImageNet's classes, is not installed: prompts are made of the folders' names (%s, "
-        "...); pip install -e '.[imagenet]', or give data.class_names a file",
-        own[0],
-    )
-    return own
+    return imagenet_names()
 
 
 def _names_from_file(path: Path, own: list[str]) -> list[str]:

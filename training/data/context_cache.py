@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from latte_flow.model.context import Context, encode_context, tokenize_prompts
+from latte_flow.training.configs.fields import VlmConfig
+from latte_flow.training.distributed.collectives import print_once
+from latte_flow.training.errors import UserError
 
 ENCODE_BATCH_SIZE = 16
 
@@ -169,20 +172,20 @@ def context_capacity(kind: str, *, num_prompts: int, bytes_per_prompt: int, budg
         batch_prompts: the most different prompts that one lookup names.
 
     Raises:
-        ValueError: when the budget does not hold what ``kind`` needs; it names the fields and what would do.
+        UserError: when the budget does not hold what ``kind`` needs; it names the fields and what would do.
     """
     fitting = int(budget // bytes_per_prompt)
     if kind == "none":
         return 0
     if kind == "all" and num_prompts > fitting:
-        raise ValueError(
+        raise UserError(
             f"vlm.context_cache: all {num_prompts} prompts need {num_prompts * bytes_per_prompt / 2**30:.4g} GiB, "
             f"vlm.context_cache_gib is {budget / 2**30:g}; accepted: that much, or lru, or auto"
         )
     if kind in ("all", "auto") and num_prompts <= fitting:
         return num_prompts
     if fitting < min(batch_prompts, num_prompts):
-        raise ValueError(
+        raise UserError(
             f"vlm.context_cache_gib: {budget / 2**30:g} holds {fitting} prompts, a batch may name {batch_prompts}; "
             f"accepted: at least {batch_prompts * bytes_per_prompt / 2**30:.4g}, or vlm.context_cache none"
         )
@@ -196,3 +199,31 @@ def make_context_source(encoder: PromptEncoder, capacity: int) -> ContextSource:
     if capacity == encoder.num_prompts:
         return FixedContextCache(encoder)
     return LRUContextCache(encoder, capacity)
+
+
+def open_context_source(config: VlmConfig, encoder: PromptEncoder, *, batch_prompts: int) -> ContextSource:
+    """Return where a run reads the context of its prompts from, and print how much of it is kept.
+
+    Args:
+        config: how much may be kept.
+        encoder: of the run's prompts; its VLM is moved to the CPU when training needs no more of it than is kept.
+        batch_prompts: the most different prompts that one lookup names.
+
+    Raises:
+        UserError: as ``context_capacity``.
+    """
+    num_prompts, bytes_per_prompt = encoder.num_prompts, encoder.bytes_per_prompt()
+    capacity = context_capacity(
+        config.context_cache,
+        num_prompts=num_prompts,
+        bytes_per_prompt=bytes_per_prompt,
+        budget=config.context_cache_gib * 2**30,
+        batch_prompts=batch_prompts,
+    )
+    kept = {0: "none", num_prompts: "all"}.get(capacity, f"the {capacity} most recently used")
+    size = f"{num_prompts} prompts of {bytes_per_prompt / 2**20:.3g} MiB each"
+    print_once(f"context of the frozen VLM: {kept} of {size} kept on the device")
+    source = make_context_source(encoder, capacity)
+    if isinstance(source, FixedContextCache):
+        encoder.vlm.cpu()
+    return source

@@ -8,11 +8,13 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -20,7 +22,7 @@ from latte_flow.training.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# What Pillow and datasets raise on bytes that are no whole picture: missing and truncated files, unknown formats (OSError),
+# What Pillow raises on bytes that are no whole picture: missing and truncated files, unknown formats (OSError),
 # broken PNG chunks (SyntaxError, struct.error), broken streams, neither bytes nor a path (ValueError), absurd sizes.
 DECODING_ERRORS = (
     OSError,
@@ -33,6 +35,13 @@ DECODING_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+
+
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What is decoded. Pillow knows more, and chooses by the content, not the name: EPS starts Ghostscript, others are obscure."""
+MAX_ASPECT = 50
+MAX_PIXELS = 100_000_000
+"""Beyond, the square in the middle is a sliver of the picture, and scaling one side up to the resolution fills the memory."""
 
 
 class BrokenImageError(Exception):
@@ -62,25 +71,55 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
 def decode_image(value: dict, resolution: int) -> Tensor:
     """Return a picture as a tensor [3, R, R] float32 in [-1, 1], cropped by ``center_crop``.
 
+    It is turned as its EXIF says. Transparency is dropped: the colours under it show. 16-bit and float pictures are scaled.
+
     Args:
         value: what an Image column of ``datasets`` holds: {"bytes": ..., "path": ...}, one of them possibly None.
         resolution: R.
 
     Raises:
-        BrokenImageError: when it cannot be decoded.
+        BrokenImageError: when it cannot be decoded, is none of FORMATS, or is of a shape that no square can be cut from.
     """
-    from datasets import Image as ImageFeature  # costs a second to import; the digits preset does without
-
     try:
         if value is None:
             raise ValueError("no picture in this row")
-        image = center_crop(ImageFeature(mode="RGB").decode_example(value), resolution)
+        with Image.open(_stream_of(value), formats=FORMATS) as image:
+            width, height = image.size  # known before the pixels are decoded
+            if max(width, height) > MAX_ASPECT * min(width, height) or width * height > MAX_PIXELS:
+                raise ValueError(
+                    f"{width} x {height} pixels; accepted: sides of at most 1 to {MAX_ASPECT}, and {MAX_PIXELS:,} pixels"
+                )
+            image.load()
+            turned = ImageOps.exif_transpose(image)
+        cropped = center_crop(_to_rgb(turned), resolution)
     except DECODING_ERRORS as error:
-        reason = str(error).split(" <_io.BytesIO")[
-            0
-        ]  # Pillow prints the address of the buffer: another one in every run
+        reason = str(error).split(" <_io.")[0]  # Pillow prints the address of the buffer: another one in every run
         raise BrokenImageError(f"{type(error).__name__}: {reason}") from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
+    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+def _stream_of(value: dict) -> BytesIO | str:
+    """Return the bytes of a picture, or the path of a regular file of this machine: nothing else is opened."""
+    if value["bytes"] is not None:
+        return BytesIO(value["bytes"])
+    path = value["path"]
+    if path is None:
+        raise ValueError("neither bytes nor a path")
+    if not Path(path).is_file():
+        raise ValueError(f"{path!r} is no regular file here; accepted: bytes, or the path of a local file")
+    return path
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture with 8 bits a channel. Pillow itself would clip 16-bit and float pictures to white and black."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    pixels = np.asarray(image, dtype=np.float64)
+    low, high = pixels.min(), pixels.max()
+    limit = 65535.0 if image.mode != "F" else 1.0 if high <= 1 else 255.0
+    if not 0 <= low <= high <= limit:  # NaN is not either
+        raise ValueError(f"mode {image.mode} with values from {low} to {high}; accepted: 0 to {limit:g}")
+    return Image.fromarray(np.rint(pixels * (255 / limit)).astype(np.uint8)).convert("RGB")
 
 
 @dataclass

@@ -47,6 +47,8 @@ def load_image_source(config: DataConfig) -> ImageDataset:
         return f"{path} (row {index} of {config.path})" if path else f"row {index} of {config.path}"
 
     def load(index: int) -> Tensor:
+        if rows[index] >= len(captions):
+            raise BrokenImageError(f"class {rows[index]}; accepted: 0 to {len(captions) - 1}")
         mapped.check(index)
         return decode_image(images[index][image_column], config.resolution)
 
@@ -218,6 +220,10 @@ def _fingerprint(root: Path, files: list[Path], *, read: bool) -> str:
     return digest.hexdigest()
 
 
+MAX_CLASSES = 100_000
+"""Of a column of numbers without names: a prompt is made for each number up to the largest."""
+
+
 def _image_column(table, config: DataConfig) -> str:
     import datasets
 
@@ -282,6 +288,12 @@ def _captions(table, config: DataConfig) -> tuple[list[str], list[int], list[str
         if isinstance(feature, datasets.ClassLabel):
             own = list(feature.names)
         else:
+            if max(values) >= MAX_CLASSES:
+                row = values.index(max(values))
+                raise UserError(
+                    f"data.text_column: {column} of row {row} of {config.path} is class {max(values)}; accepted: less than "
+                    f"{MAX_CLASSES:,}, or a column with the names of its classes"
+                )
             own = [str(number) for number in range(max(values) + 1)]
             if config.class_names is None:
                 logger.warning(

@@ -12,6 +12,12 @@ def is_first_rank() -> bool:
     return dist.get_rank() == 0
 
 
+def print_once(message: str) -> None:
+    """Print a line of the whole run: on the first rank, at once. Not collective."""
+    if is_first_rank():
+        print(message, flush=True)
+
+
 def share(items: list[T]) -> list[T]:
     """Return this rank's share of a list: every world_size-th item. Not collective."""
     return items[dist.get_rank() :: dist.get_world_size()]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -130,7 +131,7 @@ class MetricsWriter:
             if name != "step" and isinstance(value, int | float):
                 self.writer.add_scalar(_tensorboard_tag(name), value, step)
 
-    def gates(self, step: int, gates: dict[int, Tensor]) -> None:
+    def gates(self, step: int, gates: Mapping[int, Tensor]) -> None:
         """Log the gate values of each layer [B, H]: the mean per layer, and the distribution over heads and timesteps."""
         for layer, values in gates.items():
             self.writer.add_scalar(f"gate_mean/layer_{layer:02d}", values.mean().item(), step)

@@ -22,11 +22,6 @@ ACCEPTED = (
 TORCH_INDEX = torch_files.WEIGHTS_FILE + ".index.json"
 
 
-def holds_weights(path: Path) -> bool:
-    """Return whether ``open_weights`` knows what a path holds, by the names of files alone."""
-    return bool(_recognise(path))
-
-
 def open_weights(path: Path) -> WeightSource:
     """Return a reader of what a path holds.
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from latte_flow.model.latte_flow import LatteFlowModel
-from latte_flow.model.pipeline import PIPELINE_FILE
 from latte_flow.training.checkpoint.formats.matching import load_weights
 from latte_flow.training.checkpoint.manifest import CHECKPOINTS_FOLDER, list_checkpoints
+from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE
 from latte_flow.training.checkpoint.opening import OpenedCheckpoint, open_checkpoint
 from latte_flow.training.configs.fields import RESUME_AUTO, RESUME_NEVER, TrainingConfig
 from latte_flow.training.errors import UserError

@@ -1,0 +1,112 @@
+"""Dataclasses that check themselves: constrained types, and errors that name the field, the value and what is accepted."""
+
+import dataclasses
+import functools
+import os
+import reprlib
+import string
+from typing import Annotated, TypeVar, cast, dataclass_transform
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from latte_flow.training.errors import UserError
+
+LIMIT = 2**64
+"""No number of a run reaches it: the generators take 64 bits, and much larger integers become no floats."""
+ACCEPTED = {  # where pydantic's own words name no value that is accepted
+    "dataclass_type": "a mapping of its fields",
+    "invalid_key": "names that are text",
+    "unexpected_keyword_argument": "the fields that --help lists, each inside its section",
+}
+T = TypeVar("T")
+
+
+def check_path(text: str | None) -> str | None:
+    """Refuse what no file system can be asked for."""
+    try:
+        encoded = os.fsencode(text or "")
+    except UnicodeEncodeError:  # half of a surrogate pair
+        encoded = b"\0"
+    if b"\0" in encoded or len(encoded) >= 4096 or any(len(part) > 255 for part in encoded.split(b"/")):
+        raise ValueError("a path")
+    return text
+
+
+def check_template(text: str) -> str:
+    """Refuse a template unless ``template.format(x)`` puts x in at exactly one place, as it is."""
+    try:
+        blanks = [blank for _, *blank in string.Formatter().parse(text) if blank[0] is not None]
+    except ValueError:  # a single brace
+        blanks = []
+    if blanks != [["", "", None]]:  # name, format and conversion: {:>9999999999} would fill the memory
+        raise ValueError("a text with {} exactly once (other braces doubled)")
+    return text
+
+
+# Strict: neither true nor "1" is 1.
+PositiveInt = Annotated[int, Field(strict=True, gt=0, lt=LIMIT)]
+NonNegativeInt = Annotated[int, Field(strict=True, ge=0, lt=LIMIT)]
+Real = Annotated[float, Field(strict=True)]
+PositiveFloat = Annotated[float, Field(strict=True, gt=0, lt=LIMIT)]
+NonNegativeFloat = Annotated[float, Field(strict=True, ge=0, lt=LIMIT)]
+Fraction = Annotated[float, Field(strict=True, ge=0, lt=1)]
+PathText = Annotated[str, AfterValidator(check_path)]
+OptionalPath = Annotated[str | None, AfterValidator(check_path)]
+PromptTemplate = Annotated[str, AfterValidator(check_template)]
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x, level):
+        # Python itself refuses to print one of more than 4300 digits.
+        return repr(x) if x.bit_length() <= 64 else f"an integer of {x.bit_length()} bits"
+
+
+_short = _Short()
+_short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
+
+
+def shown(value: object) -> str:
+    """Return a value as Python writes it, cut where it is long."""
+    text = _short.repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+@dataclass_transform(field_specifiers=(dataclasses.field,))
+def checked(kind: type[T]) -> type[T]:
+    """Make a class a dataclass that raises UserError for a value that its type, or its ``__post_init__``, does not accept."""
+    made = cast(type[T], dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False))(kind))
+    fill = made.__init__
+
+    @functools.wraps(fill)
+    def __init__(self, *args, **kwargs):
+        try:
+            fill(self, *args, **kwargs)
+        except ValidationError as error:
+            raise UserError(_in_words(error, "")) from error
+
+    made.__init__ = __init__  # type: ignore[method-assign]
+    return made
+
+
+def from_values(kind: type[T], values: object, name: str = "") -> T:
+    """Return plain values, such as YAML has, as the type ``kind``; mappings become its dataclasses.
+
+    Raises:
+        UserError: naming the field (after ``name``), the value and what is accepted.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise UserError(_in_words(error, name)) from error
+
+
+def _in_words(error: ValidationError, name: str) -> str:
+    first = error.errors(include_url=False)[0]
+    for part in first["loc"]:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
+    reason = first.get("ctx", {}).get("error")
+    if isinstance(reason, UserError):  # of a __post_init__, which names its own field
+        return f"{name}.{reason}" if name else str(reason)
+    accepted = str(reason) if reason else first["msg"].removeprefix("Input should be ")
+    return f"{name}: got {shown(first['input'])}; accepted: {ACCEPTED.get(first['type'], accepted)}"
