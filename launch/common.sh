@@ -33,9 +33,9 @@ stamp_of() {
 # installation is repaired by the next start, and a changed setup.cfg is installed again.
 setup_environment() {
     if [ -n "${LATTE_FLOW_PYTHON:-}" ]; then
-        "$LATTE_FLOW_PYTHON" -c 'import deepspeed, transformers' ||
-            fail "LATTE_FLOW_PYTHON: $LATTE_FLOW_PYTHON lacks the packages of setup.cfg; run: $LATTE_FLOW_PYTHON -m pip install -e '${ROOT}[test]'"
-        local bin
+        local bin problem
+        problem=$("$LATTE_FLOW_PYTHON" -c 'import deepspeed, transformers' 2>&1 >/dev/null) ||
+            fail "LATTE_FLOW_PYTHON: $LATTE_FLOW_PYTHON lacks the packages of setup.cfg (${problem##*$'\n'}); run: $LATTE_FLOW_PYTHON -m pip install -e '${ROOT}[test]'"
         bin=$(dirname "$LATTE_FLOW_PYTHON")
         # The scripts call both by name: a lone interpreter would run another environment's.
         if [ ! -x "$bin/python" ] || [ ! -x "$bin/deepspeed" ]; then

@@ -16,7 +16,7 @@ settings.load_profile("reproducible")
 LONGEST = ("test_digits_quality.py", "faults", "slurm", "integration")
 """Files or folders that launch/run_tests.sh starts first, so that no process is left with one of them at the end."""
 
-SLOW_FOLDERS = {"integration", "slurm", "faults", "golden", "gpu"}
+SLOW_FOLDERS = {"integration", "slurm", "faults", "golden", "gpu", "packaging"}
 """Their tests start processes or train; unit tests that take seconds carry the mark themselves."""
 TESTS = Path(__file__).parent
 

@@ -10,7 +10,6 @@ Prints a table and writes a list of rows: name, value, unit, target and floor (n
 shapes.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import deepspeed
 import torch
@@ -38,6 +38,7 @@ from latte_flow.model.context import encode_context, tokenize_prompts
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.sampling import sample_latents
 from latte_flow.model.timestep_experts import TimestepExperts
+from latte_flow.tools.command_line import check_positive, run_function
 from latte_flow.training.components import BACKBONES
 from latte_flow.training.configs.fields import Assumptions, DataConfig, TrainingConfig
 from latte_flow.training.configs.parser import parse_config
@@ -49,7 +50,7 @@ from latte_flow.training.distributed.batch_layout import BatchLayout
 from latte_flow.training.distributed.collectives import agree, is_first_rank
 from latte_flow.training.distributed.ranks import start_alone_without_launcher
 from latte_flow.training.dry_run import dry_run
-from latte_flow.training.errors import UserError, exit_code
+from latte_flow.training.monitor.progress import hide_library_bars
 from latte_flow.training.objectives.flow_matching import FlowMatchingSamples
 from latte_flow.training.trainer import Trainer
 
@@ -85,18 +86,13 @@ def seconds(function: Callable[[], object], repeats: int) -> float:
     """Return the median time of a call after two unmeasured ones, the device's work included."""
     times = []
     for i in range(repeats + 2):
-        _synchronize()
+        get_accelerator().synchronize()
         start = time.perf_counter()
         function()
-        _synchronize()
+        get_accelerator().synchronize()
         if i >= 2:
             times.append(time.perf_counter() - start)
     return statistics.median(times)
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _device() -> torch.device:
@@ -274,11 +270,11 @@ def _train(config: TrainingConfig, steps: int) -> dict:
     for _ in range(warm_up):
         trainer.train_step(batches, report_gradients=False)
     trainer.meter.compute()
-    _synchronize()
+    get_accelerator().synchronize()
     start = time.perf_counter()
     for _ in range(steps - warm_up):
         trainer.train_step(batches, report_gradients=False)
-    _synchronize()
+    get_accelerator().synchronize()
     elapsed = time.perf_counter() - start
     if trainer.writer:
         trainer.writer.close()
@@ -372,43 +368,43 @@ BENCHMARKS = {
 """What -> (function, size -> default batch size and number of steps)."""
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(prog="tools/benchmark.py", description="Measure speed and memory.")
-    parser.add_argument("what", choices=BENCHMARKS)
-    parser.add_argument("--size", choices=("paper", "tiny"), help="default: paper on a GPU, else tiny")
-    parser.add_argument("--output", metavar="FILE", help="where to write the rows as JSON")
-    parser.add_argument("--batch_size", type=int, help="default: by size")
-    parser.add_argument("--steps", type=int, help="of sampling, training, or repeats; default: by size")
-    # Set by the deepspeed launcher, which puts it into the environment too.
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    return parser
+def benchmark(
+    what: Literal[*BENCHMARKS],
+    *,
+    size: Literal["paper", "tiny"] | None = None,
+    output: Path | None = None,
+    batch_size: int | None = None,
+    steps: int | None = None,
+) -> None:
+    """Measure speed and memory.
 
+    Args:
+        what: what to measure
+        size: default: paper on a GPU, else tiny
+        output: file to write the rows to, as JSON
+        batch_size: default: by size
+        steps: of sampling, training, or repeats; default: by size
 
-def main() -> None:
-    """Parse, measure, print, write."""
-    arguments = make_parser().parse_args()
-    size = arguments.size or ("paper" if torch.cuda.is_available() else "tiny")
-    function, defaults = BENCHMARKS[arguments.what]
-    batch_size, steps = (
-        given or default for given, default in zip((arguments.batch_size, arguments.steps), defaults[size], strict=True)
-    )
-    for name, value in (("batch_size", batch_size), ("steps", steps)):
-        if value < 1:
-            raise UserError(f"{name}: got {value}; accepted: 1 or more")
-    rows = function(size, batch_size, steps)
+    Raises:
+        UserError: when a number is less than 1.
+    """
+    check_positive(batch_size=batch_size, steps=steps)
+    hide_library_bars()
+    size = size or ("paper" if torch.cuda.is_available() else "tiny")
+    function, defaults = BENCHMARKS[what]
+    rows = function(size, batch_size or defaults[size][0], steps or defaults[size][1])
     if int(os.environ.get("RANK", 0)) != 0:
         return
     for result in rows:
         target = "" if result["target"] is None else f"   (target {result['target']:.4g})"
         print(f"{result['name']:<38} {result['value']:>12.4g} {result['unit']}{target}   [{result['shapes']}]")
-    if arguments.output:
-        Path(arguments.output).write_text(json.dumps(rows, indent=1) + "\n")
+    if output:
+        output.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def run() -> int:
     """Run the command line and return its exit code (console script)."""
-    return exit_code(main)
+    return run_function(benchmark)
 
 
 if __name__ == "__main__":

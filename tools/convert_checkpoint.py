@@ -11,44 +11,18 @@ pipeline needs (configuration, tokenizer, the VLM where it has no path of its ow
 when it is complete.
 """
 
-import argparse
 import ctypes
 import json
 import sys
+from typing import Literal
 
+from latte_flow.tools.command_line import run_function
 from latte_flow.tools.conversion.convert import DTYPES, FORMATS, convert
-from latte_flow.tools.conversion.inspection import inspect
+from latte_flow.tools.conversion.inspection import inspect as describe
 from latte_flow.training.checkpoint.formats.source import EMA, MODEL
 from latte_flow.training.checkpoint.manifest import step_name
-from latte_flow.training.errors import exit_code
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="tools/convert_checkpoint.py", description="Convert a checkpoint from any format to any other."
-    )
-    parser.add_argument("input", metavar="INPUT", help="a checkpoint of any format")
-    parser.add_argument("output", metavar="OUTPUT", nargs="?", help="folder to write; must not exist without --force")
-    parser.add_argument("--to", choices=FORMATS, help="format to write")
-    parser.add_argument("--inspect", action="store_true", help="say what INPUT holds, and write nothing")
-    parser.add_argument("--tensors", action="store_true", help="with --inspect: name every tensor too")
-    parser.add_argument(
-        "--weights", choices=(MODEL, EMA), help="default: ema where there is one; deepspeed-universal: all"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="of floating-point weights; default: as they are")
-    parser.add_argument("--max_shard_size", help="of safetensors-sharded and qwen2-vl (default: 5GB)")
-    parser.add_argument(
-        "--tensor_parallel", type=int, default=1, metavar="N", help="ranks of megatron-tp and megatron-gpt (default: 1)"
-    )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--step", type=int, help="of a training output_dir (default: the newest)")
-    which.add_argument("--tag", help="of a training output_dir or another folder of DeepSpeed's, such as step_0005000")
-    parser.add_argument("--model_folder", metavar="DIR", help="where config.json is, when not beside the weights")
-    parser.add_argument("--verify", action="store_true", help="read the output back and compare it bit for bit")
-    parser.add_argument("--force", action="store_true", help="replace an OUTPUT that an earlier conversion has written")
-    return parser
-
+from latte_flow.training.errors import UserError
+from latte_flow.training.monitor.progress import hide_library_bars
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
 LARGE = 2**20
@@ -61,35 +35,69 @@ def give_freed_memory_back() -> None:
         mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
-def main() -> None:
-    """Parse and convert, or inspect."""
+def convert_checkpoint(
+    input: str,
+    output: str | None = None,
+    *,
+    to: Literal[*FORMATS] | None = None,
+    inspect: bool = False,
+    tensors: bool = False,
+    weights: Literal[MODEL, EMA] | None = None,
+    dtype: Literal[*DTYPES] | None = None,
+    max_shard_size: str | None = None,
+    tensor_parallel: int = 1,
+    step: int | None = None,
+    tag: str | None = None,
+    model_folder: str | None = None,
+    verify: bool = False,
+    force: bool = False,
+) -> None:
+    """Convert a checkpoint from any format to any other.
+
+    Args:
+        input: a checkpoint of any format
+        output: folder to write; must not exist without --force
+        to: format to write
+        inspect: say what INPUT holds, and write nothing
+        tensors: with --inspect: name every tensor too
+        weights: default: ema where there is one; deepspeed-universal: all
+        dtype: of floating-point weights; default: as they are
+        max_shard_size: of safetensors-sharded and qwen2-vl; default: 5GB
+        tensor_parallel: ranks of megatron-tp and megatron-gpt
+        step: of a training output_dir; default: the newest
+        tag: of a training output_dir or another folder of DeepSpeed's, such as step_0005000
+        model_folder: where config.json is, when not beside the weights
+        verify: read the output back and compare it bit for bit
+        force: replace an OUTPUT that an earlier conversion has written
+
+    Raises:
+        UserError: for arguments that do not go together, and as ``convert``.
+    """
     give_freed_memory_back()
-    parser = make_parser()
-    arguments = vars(parser.parse_args())
-    step = arguments.pop("step")
+    hide_library_bars()
+    if step is not None and tag is not None:
+        raise UserError("step, tag: got both; accepted: one of them")
     if step is not None:
-        arguments["tag"] = step_name(step)
-    if arguments["inspect"] and (arguments["output"] or arguments["to"]):
-        parser.error("--inspect takes no OUTPUT and no --to: nothing is written")
-    if arguments["tensors"] and not arguments["inspect"]:
-        parser.error("--tensors goes with --inspect")
-    if arguments["max_shard_size"] is None:
-        del arguments["max_shard_size"]
-    elif arguments["to"] not in ("safetensors-sharded", "qwen2-vl"):
-        parser.error("--max_shard_size goes with --to safetensors-sharded or qwen2-vl")
-    path, output, looks, tensors = (arguments.pop(name) for name in ("input", "output", "inspect", "tensors"))
-    if looks:
-        options = {name: arguments[name] for name in ("tag", "model_folder")}
-        print(json.dumps(inspect(path, **options, tensors=tensors), indent=1))
+        tag = step_name(step)
+    if inspect and (output or to):
+        raise UserError("--inspect takes no OUTPUT and no --to: nothing is written")
+    if tensors and not inspect:
+        raise UserError("--tensors goes with --inspect")
+    if max_shard_size is not None and to not in ("safetensors-sharded", "qwen2-vl"):
+        raise UserError("--max_shard_size goes with --to safetensors-sharded or qwen2-vl")
+    if inspect:
+        print(json.dumps(describe(input, tag=tag, model_folder=model_folder, tensors=tensors), indent=1))
         return
-    if output is None or arguments["to"] is None:
-        parser.error("OUTPUT and --to are needed, or --inspect")
-    convert(path, output, **arguments)
+    if output is None or to is None:
+        raise UserError("OUTPUT and --to are needed, or --inspect")
+    options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    options |= {"weights": weights, "dtype": dtype, "tensor_parallel": tensor_parallel, "tag": tag}
+    convert(input, output, to=to, model_folder=model_folder, verify=verify, force=force, **options)
 
 
 def run() -> int:
     """Run the command line and return its exit code (console script)."""
-    return exit_code(main)
+    return run_function(convert_checkpoint)
 
 
 if __name__ == "__main__":

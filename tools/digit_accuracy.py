@@ -6,7 +6,6 @@ SAMPLES_DIR is what tools/sample.py writes for the digits preset. The classifier
 of scikit-learn's digits that the preset trains on, and its accuracy on the held-out part is reported beside the samples'.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -16,8 +15,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
+from latte_flow.tools.command_line import run_function
 from latte_flow.training.data.datasets import digits_split
-from latte_flow.training.errors import UserError, exit_code
+from latte_flow.training.errors import UserError
 
 IMAGE_SIZE = (8, 8)
 # Chosen by scikit-learn's own example for these digits; 99 % on held-out ones.
@@ -85,15 +85,16 @@ def digit_accuracy(folder: Path) -> dict:
     }
 
 
-def main() -> None:
-    """Print the report, and write it as JSON when asked."""
-    parser = argparse.ArgumentParser(prog="tools/digit_accuracy.py", description="Score generated digits.")
-    parser.add_argument("samples", type=Path, help="folder written by tools/sample.py")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the report as JSON")
-    arguments = parser.parse_args()
-    report = digit_accuracy(arguments.samples)
-    if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+def score(samples: Path, *, output: Path | None = None) -> None:
+    """Score generated digits.
+
+    Args:
+        samples: folder written by tools/sample.py
+        output: file to write the report to, as JSON
+    """
+    report = digit_accuracy(samples)
+    if output:
+        output.write_text(json.dumps(report, indent=1) + "\n")
     per_digit = "  ".join(f"{digit}: {share:.0%}" for digit, share in report["accuracy_per_digit"].items())
     print(f"recognised {report['accuracy']:.1%} of {report['num_samples']} samples  ({per_digit})")
     print(f"the same classifier on held-out real digits: {report['accuracy_on_held_out_real_digits']:.1%}")
@@ -101,7 +102,7 @@ def main() -> None:
 
 def run() -> int:
     """Run the command line and return its exit code (console script)."""
-    return exit_code(main)
+    return run_function(score)
 
 
 if __name__ == "__main__":

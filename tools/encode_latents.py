@@ -9,26 +9,27 @@ Under torchrun, deepspeed or srun with RANK and WORLD_SIZE set, rank r encodes t
 the same with any number of ranks. The same command again goes on after a kill; finished shards are not encoded again.
 """
 
-import argparse
 import logging
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from latte_flow.model.codecs import PRESETS, LatentCodec, load_codec
+from latte_flow.tools.command_line import check_positive, run_function
 from latte_flow.training.configs.fields import DataConfig
 from latte_flow.training.data.datasets import load_image_dataset
 from latte_flow.training.data.images import ImageDataset
 from latte_flow.training.data.latents.dataset import FORMAT, latent_columns
 from latte_flow.training.data.latents.writer import LatentWriter
 from latte_flow.training.data.sources import detect_dataset
-from latte_flow.training.errors import UserError, exit_code, naming
+from latte_flow.training.errors import UserError, naming
 from latte_flow.training.monitor.progress import hide_library_bars, progress_bar
 
 DEFAULT_PRESET = "dc-ae-f32c32-in-1.0"
@@ -42,7 +43,7 @@ def encode_latents(
     codec: str = DEFAULT_PRESET,
     scaling_factor: float | None = None,
     patch: int = 1,
-    dataset: str | None = None,
+    dataset: Literal["digits", "imagefolder", "parquet", "webdataset", "saved"] | None = None,
     image_column: str = "auto",
     text_column: str = "auto",
     class_names: str | None = None,
@@ -52,25 +53,47 @@ def encode_latents(
     num_workers: int = 4,
     flip: bool = True,
     shard_size: int = 4096,
-    precision: str = "bf16",
+    precision: Literal["bf16", "fp32"] = "bf16",
     device: str | None = None,
     wait_minutes: float = 60.0,
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
-    """Encode a data set, or this rank's share of it; the arguments are the command line's (``make_parser``).
+    """Encode images into latents for training.
+
+    Args:
+        source: images: a folder or file, or digits
+        output: folder to write to, or to go on with
+        codec: folder or hub id of an AutoencoderDC; dc-ae-f32c32-in-1.0, dc-ae-f32c32-sana-1.0; or pixel
+        scaling_factor: checked against the checkpoint's
+        patch: side of a latent position in pixels, for pixel
+        dataset: default: found out from the source
+        image_column: column of images; auto: 'image', or the only one
+        text_column: captions or classes; auto: text, caption, txt, label or cls
+        class_names: what classes are called, imagenet-1k or a file; see data.class_names
+        max_broken_fraction: of all images
+        resolution: side of the square images in pixels
+        batch_size: images encoded at once, a rank
+        num_workers: processes a rank that read images
+        flip: encode the mirrored images too; without, half the size: train with horizontal_flip false
+        shard_size: images a file; a kill loses at most this
+        precision: of the autoencoder
+        device: cpu or cuda; default: cuda when there is one
+        wait_minutes: rank 0 gives up on other ranks after
+        rank: which share of the data set is encoded
+        world_size: number of shares
 
     Raises:
         UserError: when an argument, the source or the codec does not fit, the output holds something else, more images are broken
             than accepted, or (rank 0) another rank has stopped.
     """
-    _check_numbers(
-        {"resolution": resolution, "batch_size": batch_size, "shard_size": shard_size, "patch": patch},
-        num_workers=num_workers,
-        max_broken_fraction=max_broken_fraction,
-        rank=rank,
-        world_size=world_size,
-    )
+    check_positive(resolution=resolution, batch_size=batch_size, shard_size=shard_size, patch=patch)
+    if num_workers < 0:
+        raise UserError(f"num_workers: got {num_workers}; accepted: 0 or more")
+    if not 0 <= max_broken_fraction < 1:
+        raise UserError(f"max_broken_fraction: got {max_broken_fraction}; accepted: 0 to less than 1")
+    if not 0 <= rank < world_size:
+        raise UserError(f"RANK: got {rank} with WORLD_SIZE {world_size}; accepted: 0 to WORLD_SIZE - 1")
     hide_library_bars()
     if dataset is None:
         dataset = "digits" if source == "digits" else detect_dataset(Path(source))
@@ -145,18 +168,6 @@ def encode_latents(
     )
     for warning in manifest["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
-
-
-def _check_numbers(positive: dict, *, num_workers: int, max_broken_fraction: float, rank: int, world_size: int) -> None:
-    for name, value in positive.items():
-        if value < 1:
-            raise UserError(f"{name}: got {value}; accepted: 1 or more")
-    if num_workers < 0:
-        raise UserError(f"num_workers: got {num_workers}; accepted: 0 or more")
-    if not 0 <= max_broken_fraction < 1:
-        raise UserError(f"max_broken_fraction: got {max_broken_fraction}; accepted: 0 to less than 1")
-    if not 0 <= rank < world_size:
-        raise UserError(f"RANK: got {rank} with WORLD_SIZE {world_size}; accepted: 0 to WORLD_SIZE - 1")
 
 
 def _kind_and_path(codec: str) -> tuple[str, str | None]:
@@ -264,75 +275,11 @@ def _wait_for_other_ranks(writer: LatentWriter, progress: tqdm, minutes: float) 
         since = time.monotonic() if complete > before else since
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="tools/encode_latents.py", description="Encode images into latents for training."
-    )
-    parser.add_argument("--source", required=True, metavar="PATH", help="images: a folder or file, or digits")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to, or to go on with")
-    parser.add_argument(
-        "--codec",
-        default=DEFAULT_PRESET,
-        metavar="PATH|PRESET|pixel",
-        help=f"folder or hub id of an AutoencoderDC; {', '.join(PRESETS)}; or pixel (default: {DEFAULT_PRESET})",
-    )
-    parser.add_argument("--scaling_factor", type=float, help="checked against the checkpoint's")
-    parser.add_argument(
-        "--patch", type=int, default=1, help="side of a latent position in pixels, for pixel (default: 1)"
-    )
-    parser.add_argument(
-        "--dataset",
-        choices=("digits", "imagefolder", "parquet", "webdataset", "saved"),
-        help="default: found out from PATH",
-    )
-    parser.add_argument(
-        "--image_column", default="auto", help="column of images; auto: 'image', or the only one (default: auto)"
-    )
-    parser.add_argument(
-        "--text_column",
-        default="auto",
-        help="captions or classes; auto: text, caption, txt, label or cls (default: auto)",
-    )
-    parser.add_argument(
-        "--class_names", metavar="imagenet-1k|FILE", help="what classes are called; see data.class_names"
-    )
-    parser.add_argument("--max_broken_fraction", type=float, default=0.001, help="of all images (default: 0.001)")
-    parser.add_argument(
-        "--resolution", type=int, default=256, help="side of the square images in pixels (default: 256)"
-    )
-    parser.add_argument("--batch_size", type=int, default=64, help="images encoded at once, a rank (default: 64)")
-    parser.add_argument("--num_workers", type=int, default=4, help="processes a rank that read images (default: 4)")
-    parser.add_argument("--flip", action="store_true", default=True, help="encode the mirrored images too (default)")
-    parser.add_argument(
-        "--no_flip", dest="flip", action="store_false", help="half the size; train with horizontal_flip false"
-    )
-    parser.add_argument(
-        "--shard_size", type=int, default=4096, help="images a file; a kill loses at most this (default: 4096)"
-    )
-    parser.add_argument(
-        "--precision", choices=("bf16", "fp32"), default="bf16", help="of the autoencoder (default: bf16)"
-    )
-    parser.add_argument("--device", help="cpu or cuda; default: cuda when there is one")
-    parser.add_argument(
-        "--wait_minutes", type=float, default=60.0, help="rank 0 gives up on others after (default: 60)"
-    )
-    # Set by the deepspeed launcher, which puts it into the environment too.
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    return parser
-
-
-def main() -> None:
-    """Parse and encode this rank's share."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    arguments = vars(make_parser().parse_args())
-    del arguments["local_rank"]
-    encode_latents(**arguments, rank=int(os.environ.get("RANK", 0)), world_size=int(os.environ.get("WORLD_SIZE", 1)))
-
-
 def run() -> int:
     """Run the command line and return its exit code (console script)."""
-    return exit_code(main)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return run_function(encode_latents, rank=rank, world_size=world_size)
 
 
 if __name__ == "__main__":

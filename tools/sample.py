@@ -9,12 +9,12 @@ Image i depends on (--seed, i) alone, not on the batch size; images run through 
 torchrun or deepspeed, all ranks draw: each takes every n-th batch, and the result is the same.
 """
 
-import argparse
 import json
 import os
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ from PIL import Image
 
 from latte_flow.model.images import grid_scale, make_grid, to_pil
 from latte_flow.model.sampling import SOLVERS, image_seeds
+from latte_flow.tools.command_line import check_positive, run_function
 from latte_flow.training.checkpoint.opening import WEIGHTS, find_checkpoint, is_pipeline, load_pipeline
 from latte_flow.training.distributed.collectives import agree, gather
-from latte_flow.training.errors import UserError, exit_code
+from latte_flow.training.errors import UserError
 from latte_flow.training.monitor.progress import hide_library_bars, progress_bar
 
 GRID_IMAGES = 100
@@ -40,24 +41,34 @@ def sample(
     num_images: int | None = None,
     num_steps: int = 40,
     cfg_scale: float = 5.0,
-    solver: str = "euler",
+    solver: Literal[*SOLVERS] = "euler",
     seed: int = 0,
     batch_size: int = 50,
-    weights: str = "ema",
+    weights: Literal[*WEIGHTS] = "ema",
     device: str | None = None,
-    dtype: str = "float32",
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
-    """Draw images from a checkpoint; the arguments are the command line's (``make_parser``).
+    """Draw images from a checkpoint.
+
+    Args:
+        checkpoint: training output_dir, one step's folder of it, or an exported model folder
+        output: folder to write to; must not hold samples already
+        classes: class indices, such as 0,1; default: every class of the model
+        prompts: captions, instead of classes
+        num_images: how many; default: one of each class or prompt
+        num_steps: steps of the sampler
+        cfg_scale: classifier-free guidance, 1 is none
+        solver: of the sampler
+        seed: of the run
+        batch_size: images drawn at once
+        weights: averaged or trained weights
+        device: cpu or cuda; default: cuda when there is one
+        dtype: the network computes in it
 
     Raises:
         UserError: when an argument or the checkpoint does not fit.
     """
-    if num_images is not None and num_images < 1:
-        raise UserError(f"num_images: got {num_images}; accepted: 1 or more")
-    if batch_size < 1:
-        raise UserError(f"batch_size: got {batch_size}; accepted: 1 or more")
-    if num_steps < 1:
-        raise UserError(f"num_steps: got {num_steps}; accepted: 1 or more")
+    check_positive(num_images=num_images, batch_size=batch_size, num_steps=num_steps)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed: got {seed}; accepted: 0 to 2^32 - 1")
     if classes is not None and prompts is not None:
@@ -146,39 +157,9 @@ def _conditions(classes: str | None, prompts: list[str] | None, class_names: lis
     return chosen
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(prog="tools/sample.py", description="Draw images from a checkpoint.")
-    parser.add_argument("checkpoint", help="training output_dir, one step's folder of it, or an exported model folder")
-    parser.add_argument(
-        "--output", required=True, metavar="DIR", help="folder to write to; must not hold samples already"
-    )
-    parser.add_argument("--classes", metavar="0,1", help="class indices; default: every class of the model")
-    parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="captions, instead of classes")
-    parser.add_argument("--num_images", type=int, help="how many; default: one of each class or prompt")
-    parser.add_argument("--num_steps", type=int, default=40, help="steps of the sampler (default: 40)")
-    parser.add_argument("--cfg_scale", type=float, default=5.0, help="classifier-free guidance, 1 is none (default: 5)")
-    parser.add_argument("--solver", choices=SOLVERS, default="euler", help="default: euler")
-    parser.add_argument("--seed", type=int, default=0, help="of the run (default: 0)")
-    parser.add_argument("--batch_size", type=int, default=50, help="images drawn at once (default: 50)")
-    parser.add_argument("--weights", choices=WEIGHTS, default="ema", help="averaged or trained weights (default: ema)")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda when there is one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
-    # Set by the deepspeed launcher, which puts it into the environment too.
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    return parser
-
-
-def main() -> None:
-    """Parse and draw this rank's share."""
-    arguments = vars(make_parser().parse_args())
-    del arguments["local_rank"]
-    sample(**arguments)
-
-
 def run() -> int:
     """Run the command line and return its exit code (console script)."""
-    return exit_code(main)
+    return run_function(sample)
 
 
 if __name__ == "__main__":

@@ -261,7 +261,7 @@ def test_the_documented_commands(runs, tmp_path, monkeypatch):
     for command in commands:
         text = command.replace("runs/X", str(runs["couple_zero1_1"].output_dir)).replace("out/", f"{tmp_path}/out/")
         monkeypatch.setattr(sys, "argv", shlex.split(text)[1:])
-        convert_checkpoint.main()
+        assert convert_checkpoint.run() == 0, command
     written = {
         path.name: json.loads((path / "export.json").read_text())["format"] for path in (tmp_path / "out").iterdir()
     }
@@ -298,20 +298,20 @@ def test_what_deepspeeds_zero_to_fp32_writes_is_read(runs, tmp_path, name, safe)
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "words"),
     [
-        ["run", "out"],
-        ["run", "--to", "pt"],
-        ["run", "out", "--inspect"],
-        ["run", "out", "--to", "pt", "--tensors"],
-        ["run", "out", "--to", "pt", "--max_shard_size", "5GB"],
-        ["run", "out", "--to", "pt", "--step", "3", "--tag", "step_0000003"],
+        (["run", "out"], "OUTPUT and --to are needed"),
+        (["run", "--to", "pt"], "OUTPUT and --to are needed"),
+        (["run", "out", "--inspect"], "--inspect takes no OUTPUT"),
+        (["run", "out", "--to", "pt", "--tensors"], "--tensors goes with --inspect"),
+        (["run", "out", "--to", "pt", "--max_shard_size", "5GB"], "--max_shard_size goes with"),
+        (["run", "out", "--to", "pt", "--step", "3", "--tag", "step_0000003"], "step, tag: got both"),
     ],
 )
-def test_flags_that_would_do_nothing_are_refused(monkeypatch, arguments):
+def test_flags_that_would_do_nothing_are_refused(monkeypatch, capsys, arguments, words):
     monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *arguments])
-    with pytest.raises(SystemExit, match="2"):
-        convert_checkpoint.main()
+    assert convert_checkpoint.run() == 2
+    assert re.fullmatch(rf"error: {words}.*\n", capsys.readouterr().err)
 
 
 def test_types_and_the_step_are_chosen(runs, command, tmp_path):
@@ -333,7 +333,7 @@ def test_inspecting(runs, capsys, monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["convert", str(runs["blend_zero2_2"].output_dir), "--inspect", "--tensors", "--step", str(STEP)]
     )
-    convert_checkpoint.main()
+    assert convert_checkpoint.run() == 0
     said = json.loads(capsys.readouterr().out)
     weights = canonical(read_weights(checkpoint_of(runs, "blend_zero2_2"), "model"))
     assert said["format"] == "deepspeed-zero-2"
@@ -534,7 +534,7 @@ class TestRefused:
 PEAK = """
 import re, sys, threading, time
 from pathlib import Path
-from latte_flow.tools.convert_checkpoint import main
+from latte_flow.tools.convert_checkpoint import run
 
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -548,7 +548,7 @@ def watch():
 
 def convert(name, size):
     sys.argv[1:] = [path, f"{output}/{name}", "--to", "safetensors-sharded", "--max_shard_size", size]
-    main()
+    assert run() == 0
 
 convert("warm", "1MB")
 before = anonymous()

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import recall_score
 from sklearn.svm import SVC
 
-from latte_flow.tools.digit_accuracy import digit_accuracy, fit_classifier, main, read_samples
+from latte_flow.tools.digit_accuracy import digit_accuracy, fit_classifier, read_samples, run
 from latte_flow.training.data.datasets import digits_split
 from latte_flow.training.errors import UserError
 
@@ -139,7 +139,7 @@ class TestErrors:
 
 def test_command_line_writes_and_prints_the_report(real, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["digit_accuracy.py", str(real), "--output", str(tmp_path / "report.json")])
-    main()
+    assert run() == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["num_samples"] == 540
     assert f"recognised {report['accuracy']:.1%} of 540 samples" in capsys.readouterr().out

@@ -62,7 +62,7 @@ def convert(
     verify: bool = False,
     force: bool = False,
 ) -> Path:
-    """Convert a checkpoint; the arguments are the command line's (``make_parser``).
+    """Convert a checkpoint; the arguments are those of tools/convert_checkpoint.py.
 
     Returns:
         The folder that was written.

@@ -21,7 +21,7 @@ from latte_flow.training.errors import UserError
 DEFAULT_CONFIG = Path(__file__).parent / "digits.yaml"
 
 
-class _Parser(ArgumentParser):
+class OneLineParser(ArgumentParser):
     """An argument parser whose errors are UserErrors: one line, without the page of usage in front of it."""
 
     def error(self, message, ex=None):
@@ -40,7 +40,7 @@ class Command:
 @functools.cache
 def make_parser() -> ArgumentParser:
     """Return the parser of training/main.py: every field of TrainingConfig, with the defaults of the digits preset."""
-    parser = _Parser(prog="training/main.py", description="Train LaTtE-Flow with DeepSpeed.", exit_on_error=False)
+    parser = OneLineParser(prog="training/main.py", description="Train LaTtE-Flow with DeepSpeed.", exit_on_error=False)
     parser.add_argument("--config", help="YAML file, or a preset's name; default: digits, whose values are shown here")
     # The launcher names the rank of each process it starts; DeepSpeed reads it from the environment.
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
