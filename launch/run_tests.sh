@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up, check the style, and run the tests: bash launch/run_tests.sh [pytest arguments].
+# Set up, check style and types, and run the tests: bash launch/run_tests.sh [pytest arguments].
 #
 #   bash launch/run_tests.sh                  everything
 #   bash launch/run_tests.sh -m "not slow"    what starts no processes and trains nothing
@@ -14,5 +14,18 @@ setup_accelerator
 
 ruff check .
 ruff format --check .
-exec python -m pytest --numprocesses "${LATTE_FLOW_TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder \
-    --durations=15 "$@"
+
+# Beside the tests: without a cache it takes a minute and a half.
+types=$(mktemp)
+trap 'rm -f "$types"' EXIT
+mypy >"$types" 2>&1 &
+mypy_process=$!
+
+status=0
+python -m pytest --numprocesses "${LATTE_FLOW_TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder \
+    --durations=15 "$@" || status=$?
+if ! wait "$mypy_process"; then
+    cat "$types"
+    status=1
+fi
+exit "$status"

@@ -6,6 +6,7 @@ The tiny VLM is a real Qwen2VLForConditionalGeneration with a tokenizer of its o
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,6 +22,7 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 from transformers import Qwen2VLForConditionalGeneration as Qwen2VL
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 
@@ -83,7 +85,7 @@ def tiny_vlm_config(
 ) -> Qwen2VLConfig:
     """Return the configuration of a tiny Qwen2-VL for a tokenizer; its vision tower has two layers of width 32."""
     half_head = hidden_size // num_attention_heads // 2
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+    ids = {name: cast(int, tokenizer.convert_tokens_to_ids(name)) for name in SPECIAL_TOKENS}
     # Qwen2-VL gives 1/4, 3/8, 3/8 of the rotary frequencies to time, row and column.
     sections = [half_head // 4, (half_head - half_head // 4 + 1) // 2, (half_head - half_head // 4) // 2]
     return Qwen2VLConfig(
@@ -181,13 +183,14 @@ def load_image_processor(path: str | Path):
 
 def build_tiny_image_processor(config: Qwen2VLConfig) -> Qwen2VLImageProcessorPil:
     """Return Qwen2-VL's image processor for a tiny VLM: pictures of up to 112 x 112 pixels, 16 tokens."""
-    vision = config.vision_config
+    vision = cast(Qwen2VLVisionConfig, config.vision_config)
+    patch_size, temporal_patch_size = cast(int, vision.patch_size), cast(int, vision.temporal_patch_size)
     return Qwen2VLImageProcessorPil(
-        patch_size=vision.patch_size,
-        temporal_patch_size=vision.temporal_patch_size,
+        patch_size=patch_size,
+        temporal_patch_size=temporal_patch_size,
         merge_size=vision.spatial_merge_size,
-        min_pixels=(2 * vision.patch_size) ** 2,
-        max_pixels=(8 * vision.patch_size) ** 2,
+        min_pixels=(2 * patch_size) ** 2,
+        max_pixels=(8 * patch_size) ** 2,
     )
 
 

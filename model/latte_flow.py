@@ -10,6 +10,7 @@ Shapes: B batch, C latent channels, (H, W) latent size, N image tokens, S contex
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -83,7 +84,7 @@ class LatteFlowModel(PreTrainedModel):
     config_class = LatteFlowConfig
     base_model_prefix = "latte_flow"
     main_input_name = "noisy_latents"
-    _no_split_modules = ("GenerationLayer", "Qwen2VLDecoderLayer", "Qwen2VLVisionBlock")
+    _no_split_modules = ["GenerationLayer", "Qwen2VLDecoderLayer", "Qwen2VLVisionBlock"]  # noqa: RUF012  # transformers wants a list
 
     def __init__(self, config: LatteFlowConfig):
         super().__init__(config)
@@ -102,6 +103,8 @@ class LatteFlowModel(PreTrainedModel):
         )
         self.context_rotary = Qwen2VLRotaryEmbedding(config.text_config)
         cos, sin = self._image_rotary()
+        self.image_cos: Tensor
+        self.image_sin: Tensor
         self.register_buffer("image_cos", cos, persistent=False)
         self.register_buffer("image_sin", sin, persistent=False)
         self.post_init()
@@ -127,12 +130,12 @@ class LatteFlowModel(PreTrainedModel):
         model = cls(config)
         if config.variant == "blend":
             model.vlm.load_state_dict(vlm.state_dict())
-        for layer, vlm_layer in zip(model.layers, vlm.model.language_model.layers, strict=True):
-            layer.copy_from(vlm_layer)
+        for index, vlm_layer in enumerate(vlm.model.language_model.layers):
+            model.layer(index).copy_from(vlm_layer)
         return model
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs) -> "LatteFlowModel":
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs) -> Any:
         """Load a model as transformers does, and refuse weights that are not exactly the network's.
 
         Args:
@@ -157,7 +160,8 @@ class LatteFlowModel(PreTrainedModel):
             "output_loading_info": True,
             "ignore_mismatched_sizes": True,
         }  # into the report, which is checked here
-        model, report = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        model, report = loaded
         for what, names in (
             ("missing", sorted(report["missing_keys"])),
             ("unknown", sorted(report["unexpected_keys"])),
@@ -193,6 +197,7 @@ class LatteFlowModel(PreTrainedModel):
             v, [B, C, H, W].
         """
         if context is None:
+            assert prompt_inputs is not None, "a batch comes with its context, or with the tokens of its prompts"
             prompt_inputs, context_rows = select_prompts(prompt_inputs, context_rows)
             context = self.encode_context(prompt_inputs)
         parts = (x.chunk(self.experts.num_groups) for x in (noisy_latents, timesteps, context_rows))
@@ -201,6 +206,14 @@ class LatteFlowModel(PreTrainedModel):
             layer_context = context.gather(rows, self.experts.layers(group))
             velocities.append(self.forward_group(latents, tau, self.project_context(layer_context), group)[0])
         return torch.cat(velocities)
+
+    def layer(self, index: int) -> GenerationLayer:
+        """Return generation layer ``index``."""
+        return cast(GenerationLayer, self.layers[index])
+
+    def image_io_of(self, group: int) -> ImageIO:
+        """Return the embeddings and the head of a group: its own, or those that all share."""
+        return cast(ImageIO, self.image_io[group % len(self.image_io)])
 
     def forward_group(
         self,
@@ -220,13 +233,13 @@ class LatteFlowModel(PreTrainedModel):
         Returns:
             v [B, C, H, W], and each layer's residual (with ``reference``, its attention maps; see model/attention.py).
         """
-        image_io = self.image_io[group % len(self.image_io)]
+        image_io = self.image_io_of(group)
         time_embedding = image_io.embed_time(timesteps)
         tokens = image_io.embed(noisy_latents)
         position_embeddings = (self.image_cos[None].to(tokens.dtype), self.image_sin[None].to(tokens.dtype))
         residuals, previous = {}, None
         for index in self.experts.layers(group):
-            layer = self.layers[index]
+            layer = self.layer(index)
             tokens, previous = layer(
                 tokens,
                 layer.condition(time_embedding),
@@ -257,20 +270,22 @@ class LatteFlowModel(PreTrainedModel):
         """
         if self.config.context_projection == "vlm":
             return as_key_values(context.to(dtype=self.dtype))
-        some_states = next(iter(context.states.values()))
+        hidden_states = cast(Mapping[int, Tensor], context.states)
+        some_states = next(iter(hidden_states.values()))
         cos, sin = self.context_rotary(some_states.to(self.dtype), context.position_ids)
         return {
-            index: self.layers[index].project_context(states.to(self.dtype), context.mask, (cos, sin))
-            for index, states in context.states.items()
+            index: self.layer(index).project_context(states.to(self.dtype), context.mask, (cos, sin))
+            for index, states in hidden_states.items()
         }
 
     def gate_values(self, timesteps: Tensor) -> dict[int, Tensor]:
         """Return g(t) of every layer that has a gate, at given timesteps [B]: layer index -> [B, num heads] (Fig. 5b)."""
         gates = {}
-        for index, layer in enumerate(self.layers):
-            if layer.residual_gate is not None:
-                image_io = self.image_io[self.experts.group_of_layer(index) % len(self.image_io)]
-                gates[index] = torch.tanh(layer.residual_gate(image_io.embed_time(timesteps))).float()
+        for index in range(len(self.layers)):
+            gate = self.layer(index).residual_gate
+            if gate is not None:
+                image_io = self.image_io_of(self.experts.group_of_layer(index))
+                gates[index] = torch.tanh(gate(image_io.embed_time(timesteps))).float()
         return gates
 
     def replace_linears(self, replacements: Mapping[str, nn.Module]) -> None:
@@ -282,15 +297,15 @@ class LatteFlowModel(PreTrainedModel):
         for name, module in replacements.items():
             self.set_submodule(name, module, strict=True)
         if self.config.variant == "blend":
-            for layer, vlm_layer in zip(self.layers, self.vlm.model.language_model.layers, strict=True):
-                layer.share_again(vlm_layer)
+            for index, vlm_layer in enumerate(self.vlm.model.language_model.layers):
+                self.layer(index).share_again(vlm_layer)
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """Save as transformers does, each weight under its name here.
 
         transformers would write Blend's VLM under the names of an older Qwen2-VL, which only its own loader maps back.
         """
-        super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
+        super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     def freeze_unreached_parameters(self) -> None:
         """Turn off gradients of what the flow-matching loss cannot reach, so that weight decay does not erode it.
@@ -303,7 +318,8 @@ class LatteFlowModel(PreTrainedModel):
             return
         language_model = self.vlm.model.language_model
         last_vlm_layer = language_model.layers[-1]
-        reached = {id(p) for layer in self.layers for m in layer._shared.values() for p in m.parameters()}
+        layers = [self.layer(index) for index in range(len(self.layers))]
+        reached = {id(p) for layer in layers for m in layer._shared.values() for p in m.parameters()}
         reached |= {id(p) for p in language_model.embed_tokens.parameters()}
         if self.config.context_projection == "generation":
             reached |= {id(p) for p in last_vlm_layer.input_layernorm.parameters()}
@@ -317,21 +333,23 @@ class LatteFlowModel(PreTrainedModel):
 
     def activated_parameters(self) -> int:
         """Count the parameters that one sampling step runs: one group's layers and its embeddings and head."""
-        layers = [self.layers[index] for index in self.experts.layers(0)]
+        layers = [self.layer(index) for index in self.experts.layers(0)]
         shared = [module for layer in layers for module in layer._shared.values()]
-        return sum(p.numel() for module in [self.image_io[0], *layers, *shared] for p in module.parameters())
+        return sum(p.numel() for module in [self.image_io_of(0), *layers, *shared] for p in module.parameters())
 
     def _image_rotary(self) -> tuple[Tensor, Tensor]:
-        return rotary_2d(*self.config.token_grid, self.config.head_dim, self.config.rope_2d_theta)
+        rows, columns = self.config.token_grid
+        return rotary_2d(rows, columns, self.config.head_dim, self.config.rope_2d_theta)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """transformers' hook: called for every module when a model is built or its missing parts are filled in."""
-        if not hasattr(module, "initial_std"):
+        initial_std: Any = getattr(module, "initial_std", None)
+        if not isinstance(module, nn.Linear) or initial_std is None:
             super()._init_weights(module)
         else:
             # These functions leave weights alone that were loaded from a checkpoint: transformers guards them.
-            std, bias_std = module.initial_std
+            std, bias_std = initial_std
             nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.normal_(module.bias, std=bias_std)
@@ -342,7 +360,7 @@ class LatteFlowModel(PreTrainedModel):
 
     def _apply(self, fn, recurse: bool = True):
         """Move or cast the model, but keep rotary frequencies in float32: in bf16 they are off by 0.4 % and positions drift."""
-        rotaries = [m for m in self.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
+        rotaries: list[Any] = [m for m in self.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
         kept = [(m, m.inv_freq, m.original_inv_freq) for m in rotaries if m.inv_freq.device.type != "meta"]
         super()._apply(fn, recurse)
         for module, inv_freq, original_inv_freq in kept:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -161,7 +161,7 @@ class LatteFlowPipeline(DiffusionPipeline):
     def encode_prompts(self, messages: Sequence[str]) -> Context:
         """Return the context of user messages, on the VLM's device."""
         self._onload_backbone()
-        vlm = self.backbone
+        vlm: Any = self.backbone
         inputs = {name: t.to(vlm.device) for name, t in tokenize_prompts(self.tokenizer, messages).items()}
         with torch.inference_mode():
             return encode_context(vlm, inputs, self.model.config.context_projection)
@@ -221,7 +221,7 @@ class LatteFlowPipeline(DiffusionPipeline):
         given = [name for name, v in (("generator", generator), ("seed", seed), ("latents", latents)) if v is not None]
         if len(given) > 1:
             raise ValueError(f"{', '.join(given)}: got {len(given)} of them; accepted: one")
-        prompts = [prompt] if isinstance(prompt, str | Integral) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str | int | Integral) else list(prompt)
         if not prompts or num_images_per_prompt < 1:
             raise ValueError("prompt, num_images_per_prompt: nothing to draw; accepted: one or more")
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
@@ -310,7 +310,7 @@ class LatteFlowPipeline(DiffusionPipeline):
             ValueError: when a picture is given and the VLM came without an image processor; when an argument is of another
                 kind, or the question holds the token that stands for a picture.
         """
-        vlm = self.backbone
+        vlm: Any = self.backbone
         placeholder = self.tokenizer.convert_ids_to_tokens(vlm.config.image_token_id)
         if not isinstance(question, str) or placeholder in question:
             raise ValueError(f"question: got {question!r}; accepted: a text without {placeholder}")

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from latte_flow.model.backbone import build_tiny_image_processor, load_image_processor
 from latte_flow.model.latte_flow import LatteFlowModel
-from latte_flow.training.checkpoint.formats.source import EXPORT_FILE, read_export_record
+from latte_flow.training.checkpoint.formats.source import EXPORT_FILE, read_export_record, require_export_record
 from latte_flow.training.checkpoint.formats.universal import UniversalSource
 from latte_flow.training.checkpoint.manifest import (
     CHECKPOINTS_FOLDER,
@@ -83,7 +82,7 @@ class Origin:
         Raises:
             UserError: when every one is damaged.
         """
-        path = newest_valid(self.checkpoints, _read_export if self.exported else read_manifest)
+        path = newest_valid(self.checkpoints, require_export_record if self.exported else read_manifest)
         assert path is not None, "an origin has checkpoints"
         return path
 
@@ -138,13 +137,6 @@ def _find_run(path: Path) -> Origin:
     return Origin(run / CONFIG_FILE, run / MODEL_FOLDER, checkpoints)
 
 
-def _read_export(path: Path) -> dict[str, Any]:
-    record = read_export_record(path)
-    if record is None:
-        raise ValueError(f"{path} has no {EXPORT_FILE}")
-    return record
-
-
 def _find_export(path: Path) -> Origin | None:
     """Return an exported folder as an origin; None when the path is none."""
     try:
@@ -186,7 +178,7 @@ def write_components(config: TrainingConfig, components: Components, model: Latt
         image_processor = load_image_processor(path) if path else build_tiny_image_processor(vlm_config)
         save_components(
             folder / MODEL_FOLDER,
-            model.config,
+            components.model_config,
             components.pipeline_config,
             tokenizer=components.tokenizer,
             image_processor=image_processor,

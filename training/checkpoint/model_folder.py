@@ -137,7 +137,7 @@ def build_pipeline(
     with naming("codec"):
         codec = load_codec(**config.codec, dtype=dtype)
     return LatteFlowPipeline(
-        model=model.to(dtype).eval(),
+        model=model.to(dtype).eval(),  # type: ignore[arg-type]  # transformers' wrapper hides torch's signature
         tokenizer=AutoTokenizer.from_pretrained(folder / TOKENIZER_FOLDER),
         codec=codec,
         vlm=config.load_frozen_vlm(folder, dtype) if model.config.variant == "couple" else None,

@@ -9,7 +9,11 @@ from torch import Tensor
 
 from latte_flow.model.pipeline import LatteFlowPipeline
 from latte_flow.training.checkpoint.formats.recognise import open_weights
-from latte_flow.training.checkpoint.formats.source import EXPORT_FILE, WeightSource, read_export_record
+from latte_flow.training.checkpoint.formats.source import (
+    EXPORT_FILE,
+    WeightSource,
+    require_export_record,
+)
 from latte_flow.training.checkpoint.formats.zero_shards import ZeroShards
 from latte_flow.training.checkpoint.formats.zero_source import SHARDS, ZeroSource
 from latte_flow.training.checkpoint.io import safe_unpickling
@@ -156,7 +160,7 @@ def open_checkpoint(
             folder = path if path.is_dir() else path.parent
             source = ZeroSource(deepspeed) if (deepspeed := _deepspeed_folder(path)) else open_weights(path)
             if contents and (folder / EXPORT_FILE).is_file():
-                for name, problem in check_files(folder, record=read_export_record):
+                for name, problem in check_files(folder, record=require_export_record):
                     raise UserError(f"{folder / name}: {problem}")
             above = [folder.parent, folder.parent.parent]
             candidates = [folder, folder / MODEL_FOLDER, *above, *(parent / MODEL_FOLDER for parent in above)]

@@ -125,6 +125,18 @@ def read_export_record(folder: Path) -> dict | None:
     return record
 
 
+def require_export_record(folder: Path) -> dict:
+    """Return what export.json says.
+
+    Raises:
+        ValueError: when it is missing or damaged.
+    """
+    record = read_export_record(folder)
+    if record is None:
+        raise ValueError(f"{folder} has no {EXPORT_FILE}")
+    return record
+
+
 def check_export_sizes(folder: Path, record: dict) -> None:
     """Raise ValueError when a file of an exported folder is missing or has another size than export.json says."""
     for name, entry in record["files"].items():
