@@ -48,7 +48,8 @@ class CommandLines:
         folder.mkdir()
         return folder
 
-    def _training(self, output_dir: Path, fields: dict, zero: str = "zero2") -> list[str]:
+    def training(self, output_dir: Path, fields: dict, zero: str = "zero2") -> list[str]:
+        """Return the arguments of training/main.py for the digits preset at the size of REDUCED."""
         values = {"deepspeed": f"ds_configs/{zero}.json", "output_dir": output_dir} | REDUCED
         values |= {name.replace("__", "."): value for name, value in fields.items()}
         return [text for name, value in values.items() for text in (f"--{name}", str(value))]
@@ -81,7 +82,7 @@ class CommandLines:
         """
         folder = self._new_folder()
         output_dir = output_dir or folder / "run"
-        command = self._training(output_dir, fields, zero)
+        command = self.training(output_dir, fields, zero)
         if launcher:
             finished = train(*command, ranks=ranks, kill_when=kill_when)
         else:
@@ -96,7 +97,7 @@ class CommandLines:
     def start(self, output_dir: Path, *, ranks: int = 1, **fields) -> Ranks:
         """Start training the digits preset at the size of REDUCED; the fields are those of ``train``."""
         log = self._new_folder() / "log"
-        return start_ranks("training/main.py", self._training(output_dir, fields), log, ranks=ranks)
+        return start_ranks("training/main.py", self.training(output_dir, fields), log, ranks=ranks)
 
     def main(self, *arguments: str, ranks: int = 1) -> Finished:
         """Run training/main.py with a command line."""

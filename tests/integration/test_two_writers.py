@@ -1,10 +1,15 @@
 """Two runs on one output_dir: one of them trains, the other is refused in one line."""
 
+import signal
+import subprocess
 import time
 
 from latte_flow.training.checkpoint.manifest import list_checkpoints, read_manifest
 from latte_flow.training.run_lock import LOCK_FILE
-from tests.integration.launching import column
+from tests.integration.launching import ROOT, column, environment, free_port, train
+
+LONG = {"max_steps": 150, "checkpoint.every": 25, "sample.every": 0}
+"""Long enough to be killed in the middle."""
 
 
 def test_two_seeds_started_at_once(command, tmp_path):
@@ -39,3 +44,33 @@ def test_a_second_start_is_refused_until_the_first_is_killed(command, tmp_path):
         output_dir=output, sample__every=0, max_steps=4
     )  # already trained further: nothing is lost or written
     assert len(list_checkpoints(output / "checkpoints")) == left
+
+
+def test_the_runner_alone_is_killed_and_the_same_command_started_at_once(command, tmp_path):
+    """``deepspeed`` leaves its ranks alive. They stop with a checkpoint; until then the same command is refused.
+
+    Whatever ends a launcher looks the same to its ranks (tests/unit/test_launcher.py has the other signals).
+    """
+    uninterrupted = command.train(ranks=2, **{name.replace(".", "__"): value for name, value in LONG.items()})
+    output = tmp_path / "run"
+    arguments = command.training(output, LONG)
+    launch = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "training/main.py", *arguments]
+    log = tmp_path / "log"
+    with log.open("wb") as stream:
+        runner = subprocess.Popen(
+            launch, cwd=ROOT, env=environment(), stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    while not list_checkpoints(output / "checkpoints"):
+        assert runner.poll() is None, log.read_text()
+        time.sleep(0.05)
+    runner.send_signal(signal.SIGKILL)
+    runner.wait()
+    again = [train(*arguments, ranks=2)]
+    while again[-1].code != 0:
+        assert f"error: output_dir: {output} is in use by process " in again[-1].output
+        assert len(again) < 10
+        again.append(train(*arguments, ranks=2))
+    assert "the launcher of this rank has ended: stopping after this step" in log.read_text()
+    assert "resumed from" in again[-1].output
+    assert column(output, "step") == column(uninterrupted.output_dir, "step")
+    assert column(output, "loss") == column(uninterrupted.output_dir, "loss")
