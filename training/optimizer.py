@@ -88,7 +88,7 @@ def ema_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
 
 
 def parameter_groups(model: LatteFlowModel, weight_decay: float) -> list[dict]:
-    """Return the trained parameters as optimizer groups: one per timestep expert, one for the image input/output, one for the VLM.
+    """Return the trained parameters as optimizer groups: one per timestep expert, one for image_io, one for the VLM.
 
     Each is split by weight decay: norms, biases, modulation and residual gates have none (paper section 6). The gradient norm of
     a group is reported under its ``name``.

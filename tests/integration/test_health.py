@@ -76,9 +76,7 @@ def test_many_in_a_row_end_the_run_with_a_checkpoint_from_before(command, one_ra
     fields = {"checkpoint__every": 100, "health__max_skipped_steps": 3, "sample__every": 0}
     poison = {"hooks": ("poison",), "variables": {"POISON": "96 9999"}}
     run = command.train(code=2, **poison, **fields)
-    message = (
-        "error: health.max_skipped_steps: steps 4 to 6, 3 in a row, were skipped because their loss or gradient is not"
-    )
+    message = "error: health.max_skipped_steps: 3 consecutive steps, 4 to 6, were skipped because their loss or gradient is not"
     assert message in run.finished.output
     assert [path.name for path in list_checkpoints(run.output_dir / "checkpoints")] == ["step_0000003"]
     assert [entry["step"] for entry in metrics(run.output_dir)[-1]["skipped"]] == [6]
