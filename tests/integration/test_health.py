@@ -104,7 +104,7 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(command):
 @pytest.mark.parametrize(
     ("rank", "message"),
     [
-        (0, "error: rank 0, which knows where all ranks stand, does not answer"),
+        (0, "error: rank 0, which tracks all ranks, does not answer"),
         (1, "rank 1 does not answer: its process is stopped"),
     ],
 )
