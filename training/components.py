@@ -1,6 +1,6 @@
-"""What a run is built of: the VLM, its tokenizer, the codec, the network and its configuration.
+"""The components of a run: the VLM, its tokenizer, the codec, the network and its configuration.
 
-All of it can be built on the meta device too, from configurations alone: tensors there have shapes and no data (dry_run.py).
+They can also be built on the meta device from configurations alone: tensors there have shapes but no data (dry_run.py).
 """
 
 from collections.abc import Iterator
@@ -55,13 +55,13 @@ BUNDLED = {
     "Qwen/Qwen2-VL-2B-Instruct": "qwen2_vl_2b",
     "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers": "dc_ae_f32c32_in_1.0",
 }
-"""Hub id -> folder of ``BACKBONES`` that holds its config.json."""
+"""Hub id -> folder in ``BACKBONES`` with its config.json."""
 
 Images = ImageDataset | LatentDataset
 
 
 class Components(NamedTuple):
-    """What a run is built of, beside the network's own weights. The VLM is frozen."""
+    """The components of a run, apart from the network's own weights. The VLM is frozen."""
 
     vlm: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -71,7 +71,7 @@ class Components(NamedTuple):
 
 
 class MetaComponents(NamedTuple):
-    """What of it is on the meta device, and the token ids of the prompts [P, S]; None with ``vlm.path``, which reads no data."""
+    """The components on the meta device, and the token ids [P, S] of the prompts; None with ``vlm.path``, which reads no data."""
 
     vlm: PreTrainedModel
     codec: LatentCodec
@@ -80,7 +80,7 @@ class MetaComponents(NamedTuple):
 
 
 def compute_dtype(config: TrainingConfig) -> torch.dtype:
-    """Return the type of the weights that compute; the optimizer's are float32 in any case."""
+    """Return the dtype of the weights used for computing; the optimizer's master weights are always float32."""
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
@@ -89,11 +89,11 @@ def build_components(config: TrainingConfig, images: Images, saved: Path) -> Com
 
     Args:
         config: the run.
-        images: its data, which gives the prompts and the image channels.
-        saved: the run's model folder; where it exists, a VLM without a path of its own and its tokenizer are taken from it.
+        images: its data, which determine the prompts and the image channels.
+        saved: the run's model folder; if it exists and ``vlm.path`` is not given, the VLM and its tokenizer come from it.
 
     Raises:
-        UserError: when a path is missing or the parts do not fit together; the message names the field.
+        UserError: when a path is missing or the components do not fit together; the message names the field.
     """
     with _as_user_errors():
         codec = _build_codec(config, images.image_channels)
@@ -112,9 +112,9 @@ def build_components(config: TrainingConfig, images: Images, saved: Path) -> Com
 
 
 def build_meta_components(config: TrainingConfig) -> MetaComponents:
-    """Build the VLM, the codec and the network's configuration on the meta device: no weights are read or drawn.
+    """Build the VLM, the codec and the network's configuration on the meta device: no weights are read or initialised.
 
-    Data are read for the prompts of a tiny VLM alone. Without them digits are taken to be grey, all other images to be coloured.
+    Data are read only for the prompts of a tiny VLM. Otherwise digits are assumed to be grey and all other images RGB.
 
     Raises:
         UserError: as ``build_components``.
@@ -143,18 +143,18 @@ def build_meta_components(config: TrainingConfig) -> MetaComponents:
 def build_model(
     config: TrainingConfig, components: Components, ranks: Ranks, initial: OpenedCheckpoint | None
 ) -> LatteFlowModel:
-    """Build this rank's part of the network on the CPU, with the weights that the run starts from.
+    """Build this rank's part of the network on the CPU, with the weights the run starts from.
 
-    Weights that are drawn depend on the run's seed alone.
+    Random weights depend only on the run's seed.
 
     Args:
         config: the run.
-        components: of the run.
-        ranks: who holds which part.
-        initial: what ``init_from`` names; None for the VLM's weights and random ones.
+        components: its components.
+        ranks: which rank holds which part.
+        initial: the weights that ``init_from`` names; None for the VLM's weights and random ones.
 
     Raises:
-        UserError: when the initial weights are not of this network.
+        UserError: when the initial weights do not fit this network.
     """
     torch.manual_seed(config.seed)
     model = LatteFlowModel.from_vlm(components.vlm, components.model_config)
@@ -174,19 +174,19 @@ def read_prompts(
     layout: BatchLayout,
     device: torch.device,
 ) -> tuple[ContextSource | None, dict[str, Tensor] | None]:
-    """Prepare the prompts of the data, the null prompt as the last one. Collective.
+    """Prepare the prompts of the data, with the null prompt last. Collective.
 
     Returns:
-        (where the context of the prompts is read from, None), for a frozen VLM; (None, the prompts' tokens), for a trained one.
+        (source of the prompts' context, None) for a frozen VLM; (None, the prompts' tokens) for a trained one.
 
     Raises:
-        UserError: when the context of the prompts does not fit into the memory that the configuration gives it.
+        UserError: when the context of the prompts does not fit into the configured memory.
     """
     prompts, limit = [*images.prompts, config.data.null_prompt], config.data.max_prompt_tokens
     messages = truncate_prompts(components.tokenizer, prompts, limit)
     cut = sum(ours != whole for ours, whole in zip(messages, prompts, strict=True))
     if cut:
-        print_once(f"data.max_prompt_tokens: {cut} of {len(prompts)} prompts are cut to {limit} tokens")
+        print_once(f"data.max_prompt_tokens: {cut} of {len(prompts)} prompts are truncated to {limit} tokens")
     if components.model_config.variant == "blend":
         tokens = tokenize_prompts(components.tokenizer, messages)
         return None, {name: tensor.to(device) for name, tensor in tokens.items()}
@@ -197,7 +197,7 @@ def read_prompts(
 
 
 def describe_run(model: LatteFlowModel, images: Images, ranks: Ranks, layout: BatchLayout) -> str:
-    """Return in two lines what is trained, on what, and how the batch is spread."""
+    """Return two lines: the network being trained, and its data and batch layout."""
     trained = sum(ranks.whole_size(name, p) for name, p in model.named_parameters() if p.requires_grad)
     whom = "ranks" if ranks.tensor_size == 1 else f"sets of {ranks.tensor_size} tensor-parallel ranks"
     experts = model.experts
@@ -210,7 +210,7 @@ def describe_run(model: LatteFlowModel, images: Images, ranks: Ranks, layout: Ba
 
 
 def tiny_vlm_parts(config: TrainingConfig, images: Images) -> tuple[Qwen2VLConfig, PreTrainedTokenizerFast]:
-    """Return the configuration and the tokenizer of the tiny VLM that a run without ``vlm.path`` builds."""
+    """Return the configuration and the tokenizer of the tiny VLM of a run without ``vlm.path``."""
     tokenizer = build_tiny_tokenizer([*images.prompts, config.data.null_prompt], config.vlm.tiny.vocab_size)
     sizes = {name: value for name, value in vars(config.vlm.tiny).items() if name not in ("vocab_size", "seed")}
     return tiny_vlm_config(tokenizer, **sizes), tokenizer
@@ -218,7 +218,7 @@ def tiny_vlm_parts(config: TrainingConfig, images: Images) -> tuple[Qwen2VLConfi
 
 @contextmanager
 def _as_user_errors() -> Iterator[None]:
-    """Report what the model's own checks refuse, which name the field and what is accepted, in one line."""
+    """Turn errors of the model's own checks, which name the field and what is accepted, into UserErrors."""
     try:
         yield
     except UserError:
@@ -233,9 +233,9 @@ def _build_vlm(config: TrainingConfig, images: Images, saved: Path) -> tuple[Pre
         dtype = torch.float32 if config.model.variant == "blend" else compute_dtype(config)
         return load_vlm(config.vlm.path, dtype=dtype)
     if (saved / PIPELINE_FILE).is_file() and (saved / VLM_FOLDER).is_dir():
-        # Not built again from its seed: another version of torch might draw other weights.
+        # Not rebuilt from its seed: another version of torch might draw different weights.
         return load_vlm(saved / VLM_FOLDER, dtype=torch.float32, tokenizer_path=saved / TOKENIZER_FOLDER)
-    if (saved / PIPELINE_FILE).is_file():  # of a Blend, whose VLM is part of its weights
+    if (saved / PIPELINE_FILE).is_file():  # a Blend, whose VLM is part of its weights
         vlm_config = LatteFlowConfig.from_pretrained(saved).vlm_config
         tokenizer = AutoTokenizer.from_pretrained(saved / TOKENIZER_FOLDER)
     else:
@@ -244,7 +244,7 @@ def _build_vlm(config: TrainingConfig, images: Images, saved: Path) -> tuple[Pre
 
 
 def _build_codec(config: TrainingConfig, image_channels: int, *, meta: bool = False) -> LatentCodec:
-    """Load the codec and refuse images that it does not take, before a VLM is loaded."""
+    """Load the codec and reject images it does not accept, before a VLM is loaded."""
     arguments: dict[str, Any] = asdict(config.codec) | {"image_channels": image_channels}
     with naming("codec"):
         if meta:
@@ -260,13 +260,13 @@ def _build_codec(config: TrainingConfig, image_channels: int, *, meta: bool = Fa
 
 
 def _configuration_source(path: str | Path) -> str | Path:
-    """Return where a checkpoint's configuration is read from: for the presets' own, a copy that needs no download."""
+    """Return where a checkpoint's configuration is read from; for the presets' checkpoints, a bundled copy without download."""
     bundled = BUNDLED.get(str(path))
     return BACKBONES / bundled if bundled is not None and not Path(path).exists() else path
 
 
 def _make_model_config(config: TrainingConfig, vlm_config: PretrainedConfig, codec: LatentCodec) -> LatteFlowConfig:
-    """Return the network's configuration, after checking that this run can compute it."""
+    """Return the network's configuration after checking that this run supports it."""
     model_config = LatteFlowConfig(
         vlm_config=vlm_config,
         latent_channels=codec.latent_channels,
@@ -276,7 +276,7 @@ def _make_model_config(config: TrainingConfig, vlm_config: PretrainedConfig, cod
     check_tensor_parallel(model_config.text_config, config.tensor_parallel)
     if model_config.attention_spec().backend == "flash" and config.precision != "bf16":
         raise UserError(
-            f"model.attention_backend: flash takes precision bf16, not {config.precision}; accepted: reference, sdpa"
+            f"model.attention_backend: flash requires precision bf16, not {config.precision}; accepted: reference, sdpa"
         )
     return model_config
 

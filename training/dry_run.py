@@ -1,8 +1,8 @@
-"""What a run will cost, without running it: parameters, memory per GPU, FLOPs and time, as a table.
+"""The cost of a run without running it: parameters, memory per GPU, FLOPs and time, as a table.
 
-Nothing is estimated that can be counted. The real network is built on the meta device, where tensors have shapes and no data,
-and one micro-batch goes forward and backward through it: torch's FlopCounterMode counts its operations, and hooks on the autograd
-graph count the bytes kept for the backward pass.
+Whatever can be counted is not estimated. The real network is built on the meta device, where tensors have shapes but no data,
+and runs one micro-batch forward and backward: torch's FlopCounterMode counts its operations, and hooks on the autograd graph
+count the bytes kept for the backward pass.
 """
 
 import json
@@ -28,16 +28,16 @@ from latte_flow.training.distributed.ranks import data_parallel_size
 META = torch.device("meta")
 GIB = 2**30
 OPTIMIZER_BYTES = 16
-"""float32 master weight, two moments of AdamW and the average: bytes a parameter, sharded over the ranks."""
+"""Bytes per parameter of the float32 master weight, AdamW's two moments and the average; sharded over the ranks."""
 
 
 Networks = tuple[LatteFlowModel, nn.Module, LatentCodec]
-"""The network, its VLM (which a Blend has inside) and the codec."""
+"""The network, its VLM (part of the network in a Blend) and the codec."""
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters over all ranks."""
+    """Parameter counts over all ranks."""
 
     generation_path: int
     vlm: int
@@ -47,26 +47,26 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per GPU; None for what a run does not have."""
+    """Bytes per GPU; None for items a run does not have."""
 
     weights: float
     gradients: float
     optimizer: float
     communication_buckets: float
-    activations: float  # that autograd keeps of one micro-batch
+    activations: float  # kept by autograd for one micro-batch
     context_cache: float
-    frozen_vlm: float | None  # on the device only while not all context is kept
-    autoencoder: float | None  # with latents encoded ahead it still decodes the sample grids
+    frozen_vlm: float | None  # on the device only if not all context is cached
+    autoencoder: float | None  # still decodes the sample grids when latents are precomputed
 
     @property
     def total(self) -> float:
-        """Bytes of all items."""
+        """Sum of all items in bytes."""
         return sum(value for value in vars(self).values() if value is not None)
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations a sample over all GPUs that train it, ``context`` those of all prompts; None for what a run does not do."""
+    """Operations per sample over all GPUs that train it (``context``: for all prompts); None for what a run does not do."""
 
     forward: float
     forward_and_backward: float
@@ -76,7 +76,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class DryRun:
-    """The counts of a run, and the seconds that it takes under the assumptions."""
+    """The counts of a run, and its duration in seconds under the assumptions."""
 
     parameters: Parameters
     memory: Memory
@@ -86,16 +86,16 @@ class DryRun:
 
 
 class ContextCount(NamedTuple):
-    """The context of all prompts and what it takes; nothing, where the VLM is trained."""
+    """The context of all prompts and its cost; empty if the VLM is trained."""
 
     context: Context | None = None
     flops: float = 0.0
     kept_bytes: int = 0
-    is_kept: bool = False  # whole
+    is_kept: bool = False  # all of it is cached
 
 
 class StepCount(NamedTuple):
-    """What one micro-batch of one rank takes."""
+    """The cost of one micro-batch on one rank."""
 
     forward_flops: float
     flops: float
@@ -103,11 +103,11 @@ class StepCount(NamedTuple):
 
 
 class SavedBytes:
-    """Counts the bytes of distinct tensors that autograd keeps for the backward pass, parameters left out."""
+    """Counts the bytes of distinct tensors that autograd keeps for the backward pass, excluding parameters."""
 
     def __init__(self, module: nn.Module):
         self.storages = {p.untyped_storage()._cdata: 0 for p in [*module.parameters(), *module.buffers()]}
-        self.kept: list[torch.UntypedStorage] = []  # keeps the storages alive, so that no address is used twice
+        self.kept: list[torch.UntypedStorage] = []  # keeps the storages alive so that no address is reused
 
     def __enter__(self) -> "SavedBytes":
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
@@ -131,16 +131,16 @@ class SavedBytes:
 
 
 def dry_run(config: TrainingConfig, assumed: Assumptions) -> DryRun:
-    """Build a run's parts on the meta device and count what one rank holds and does.
+    """Build a run's networks on the meta device and count the memory and operations of one rank.
 
-    A run with a tiny VLM reads its data for the prompts; others take the number and length of prompts from the assumptions.
+    With a tiny VLM the prompts are read from the data; otherwise their number and length come from the assumptions.
 
     Args:
         config: the run.
         assumed: what cannot be counted.
 
     Raises:
-        UserError: as the run itself would.
+        UserError: in the same cases as the run itself.
     """
     components = build_meta_components(config)
     if components.prompt_ids is not None:
@@ -164,7 +164,7 @@ def dry_run(config: TrainingConfig, assumed: Assumptions) -> DryRun:
 
 
 def _build_networks(config: TrainingConfig, components: MetaComponents) -> Networks:
-    """Return the networks on the meta device, in the type that computes."""
+    """Return the networks on the meta device, in the compute dtype."""
     with META:
         model = LatteFlowModel(components.model_config)
     vlm: nn.Module = model.vlm if components.model_config.variant == "blend" else components.vlm
@@ -190,15 +190,15 @@ def _trained(model: nn.Module) -> int:
 
 
 def _split_over_ranks(tensor_parallel: int, model: LatteFlowModel, vlm: nn.Module) -> None:
-    """Leave of both networks what one tensor-parallel rank holds."""
+    """Reduce both networks to the part that one tensor-parallel rank holds."""
     if tensor_parallel > 1:
         model.replace_linears(_linears_of_one_rank(model, tensor_parallel))
-        for name, linear in _linears_of_one_rank(vlm, tensor_parallel).items():  # none are left in Blend's
+        for name, linear in _linears_of_one_rank(vlm, tensor_parallel).items():  # a Blend's VLM has none left
             vlm.set_submodule(name, linear, strict=True)
 
 
 def _linears_of_one_rank(network: nn.Module, tensor_parallel: int) -> dict[str, nn.Linear]:
-    """Return, by name, the parts that a tensor-parallel rank has of a network's split linears, on the meta device."""
+    """Return one tensor-parallel rank's shards of a network's split linears by name, on the meta device."""
     parts = {}
     for name, linear in network.named_modules():
         dim = partition_dim(f"{name}.weight")
@@ -222,10 +222,10 @@ def _prompt_inputs(assumed: Assumptions) -> dict[str, Tensor]:
 def count_context(
     config: TrainingConfig, vlm: nn.Module, inputs: dict[str, Tensor], layout: BatchLayout
 ) -> ContextCount:
-    """Run a frozen VLM over all prompts, and count.
+    """Run a frozen VLM over all prompts and count its cost.
 
     Raises:
-        UserError: when the context does not fit into the memory that the configuration gives it.
+        UserError: when the context does not fit into the configured memory.
     """
     if config.model.variant == "blend":
         return ContextCount()
@@ -250,7 +250,7 @@ def count_step(
     context: ContextCount,
     layout: BatchLayout,
 ) -> StepCount:
-    """Run one micro-batch forward and backward through a rank's part of the network, and count."""
+    """Run one micro-batch forward and backward through a rank's part of the network and count its cost."""
     groups_of_a_sample = model.config.num_groups if config.groups_per_sample == "all" else 1
     rows = layout.micro_batch_size * groups_of_a_sample
     latents = torch.empty(rows, model.config.latent_channels, *model.config.latent_size, device=META)
@@ -271,7 +271,7 @@ def count_step(
 def count_flops(
     config: TrainingConfig, codec: LatentCodec, context: ContextCount, step: StepCount, layout: BatchLayout
 ) -> Flops:
-    """Return the operations a sample of all tensor-parallel ranks together; what they do not split each of them computes."""
+    """Return the operations per sample summed over the tensor-parallel ranks; what is not split runs on each of them."""
     ranks, encoding = config.tensor_parallel, None
     if isinstance(codec, DCAECodec) and config.data.dataset != "latents":
         side = config.data.resolution
@@ -289,7 +289,7 @@ def count_flops(
 def count_memory(
     config: TrainingConfig, networks: Networks, context: ContextCount, step: StepCount, layout: BatchLayout
 ) -> Memory:
-    """Return the bytes of one rank, which holds these parts of the networks; shards are over the layout's ranks."""
+    """Return the bytes of one rank that holds these parts of the networks; shards are over the ranks of the layout."""
     (model, vlm, codec), zero = networks, _zero_settings(config)
     shards, width, trained = layout.world_size, compute_dtype(config).itemsize, _trained(model)
 
@@ -309,7 +309,7 @@ def count_memory(
 
 
 def _zero_settings(config: TrainingConfig) -> dict[str, Any]:
-    """Read of DeepSpeed's configuration what decides memory; buckets: how many numbers they hold."""
+    """Return the settings of DeepSpeed's configuration that affect memory; buckets: their size in elements."""
     zero = json.loads(deepspeed_file(config).read_text()).get("zero_optimization", {})
     buckets = zero.get("reduce_bucket_size", 5e8) * (2 if zero.get("overlap_comm", False) else 1)
     return {"stage": zero.get("stage", 0), "buckets": buckets, "offload": bool(zero.get("offload_optimizer"))}
@@ -324,13 +324,13 @@ TEXTS = {
     "frozen_vlm": "frozen VLM",
     "encoding": "encoding the image",
 }
-"""What the table calls counts whose own name does not say it."""
+"""Labels in the table for counts whose field name is not clear enough."""
 
 
 def format_table(config: TrainingConfig, result: DryRun, assumed: Assumptions) -> str:
-    """Return the counts as a table that a person can read."""
+    """Return the counts as a readable table."""
     layout, memory = result.layout, vars(result.memory) | {"total": result.memory.total}
-    when = "once a run" if result.memory.frozen_vlm is None else "each time they are not in the cache"
+    when = "once per run" if result.memory.frozen_vlm is None else "each time they are not in the cache"
     texts = TEXTS | {"context": f"context of all prompts, {when}"}
 
     def rows(counts: dict[str, float | None], divisor: float, form: str, unit: str) -> list[str]:
@@ -349,14 +349,14 @@ def format_table(config: TrainingConfig, result: DryRun, assumed: Assumptions) -
         f"memory per GPU (ZeRO-{_zero_settings(config)['stage']}, {gpus} GPUs{tensor}, micro-batch {layout.micro_batch_size})",
         *rows(memory, GIB, "12,.3f", "GiB"),
         "",
-        "floating-point operations a sample",
+        "floating-point operations per sample",
         *rows(vars(result.flops), 1e9, "12,.2f", "GFLOP"),
         "",
         "batch",
         f"  global {layout.global_batch_size} = {layout.world_size} {whom} x micro-batch {layout.micro_batch_size} x "
-        f"{layout.accumulation_steps} accumulation steps; each group sees {layout.global_batch_size // shares} samples a step",
+        f"{layout.accumulation_steps} accumulation steps; each group sees {layout.global_batch_size // shares} samples per step",
         "",
-        f"time at {assumed.utilisation:.0%} of {assumed.peak_tflops:g} TFLOP/s a GPU",
+        f"time at {assumed.utilisation:.0%} of {assumed.peak_tflops:g} TFLOP/s per GPU",
         f"  {config.max_steps:,} steps, {samples:,} samples: {result.seconds / 3600:,.2f} hours",
     ]
     return "\n".join(lines)

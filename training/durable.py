@@ -1,14 +1,14 @@
-"""Files that are whole on the disk before they have their names, after a power failure too."""
+"""Durable file writes: a file gets its final name only once it is complete on disk, so it survives a power failure."""
 
 import os
 from pathlib import Path
 
 PARTIAL = ".partial-"
-"""In the names of files that are being written; host and process follow, so that no two write the same one."""
+"""Marks the names of files being written. Host and process id follow, so that no two processes write the same file."""
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file under another name, and give it its own when it is on the disk."""
+    """Write a file under a temporary name, sync it, then rename it atomically."""
     partial = path.with_name(f"{path.name}{PARTIAL}{os.uname().nodename}-{os.getpid()}")
     write_synced(partial, content)
     os.replace(partial, path)
@@ -16,7 +16,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
+    """Write a file and wait until it is on disk."""
     with path.open("wb") as stream:
         stream.write(content)
         stream.flush()
@@ -24,7 +24,7 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names of a folder's files are on the disk."""
+    """Wait until a folder's directory entries are on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: they end a program with one line instead of a traceback."""
+"""Errors a user can fix: a program that raises one exits with a one-line message instead of a traceback."""
 
 import os
 import re
@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 
 class UserError(ValueError):
-    """A wrong configuration, a missing file, a checkpoint of another model. The message names the field or file and what fits."""
+    """An invalid configuration, a missing file, a checkpoint of another model. Names the field or file and what is accepted."""
 
 
 @contextmanager
 def naming(section: str) -> Iterator[None]:
-    """Put a section of the configuration before the argument that an error of model/ names.
+    """Prefix the argument named by an error of model/ with its section of the configuration.
 
     ``path: x not found`` under ``naming("vlm")`` becomes the UserError ``vlm.path: x not found``.
     """
@@ -30,17 +30,17 @@ def naming(section: str) -> Iterator[None]:
 
 
 DEAD_WORKER = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: [^.]*|exited unexpectedly)")
-"""How torch says that a process that prepares batches is gone."""
+"""torch's message for a data worker that died."""
 FIRST_RANK_SECONDS = 30.0
-"""How long the other ranks of a launch leave an error to the first one."""
+"""How long the other ranks wait for rank 0 to report an error."""
 
 
 def exit_code(program: Callable[[], None]) -> int:
-    """Run a program; return 0, or 2 after an error that the user can mend, said in one line.
+    """Run a program; return 0, or 2 after an error the user can fix, which is printed as one line.
 
-    Mostly every rank of a launch finds the same error, and the first one says it. The others wait, because a launcher ends all
-    ranks as soon as one has failed, and would end the first one before it has spoken; an error that the first rank does not find
-    is said by the rank that did. A data worker that was killed is such an error too.
+    Usually every rank hits the same error and rank 0 reports it. The other ranks wait first, because a launcher kills all ranks
+    as soon as one fails, which could kill rank 0 before it prints. An error that rank 0 does not hit is reported by the rank
+    that did. A killed data worker counts as such an error too.
     """
     try:
         program()
@@ -50,24 +50,24 @@ def exit_code(program: Callable[[], None]) -> int:
             raise
         rank = int(os.environ.get("RANK", 0))
         if rank != 0:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run's own handler would put off the end
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run's own handler would delay the exit
             time.sleep(FIRST_RANK_SECONDS)
-        with tqdm.external_write_mode(file=sys.stderr):  # on a line of its own, not at the end of a progress bar
+        with tqdm.external_write_mode(file=sys.stderr):  # on its own line, not at the end of a progress bar
             print(f"error: {line}" if rank == 0 else f"error: rank {rank}: {line}", file=sys.stderr, flush=True)
         return 2
     return 0
 
 
 def _in_one_line(error: Exception) -> str | None:
-    """Return what to tell the user; None for an error that is ours to mend."""
+    """Return the message for the user, or None for an error the user cannot fix."""
     text = str(error)
     if isinstance(error, UserError):
-        if "Original Traceback" in text:  # torch wraps an error of a data worker in its traceback
+        if "Original Traceback" in text:  # torch wraps a data worker's error in a traceback
             text = text.rsplit(f"{UserError.__name__}: ", 1)[-1]
-        return " ".join(text.splitlines())  # other libraries' messages, which some of ours quote, may have many
-    if dead := DEAD_WORKER.search(f"{error.__cause__} {text}"):  # the cause knows the signal
+        return " ".join(text.splitlines())  # quoted messages of other libraries may span several lines
+    if dead := DEAD_WORKER.search(f"{error.__cause__} {text}"):  # the cause names the signal
         return (
-            f"data.num_workers: a data worker {dead[1]}; either the memory is full (accepted: fewer workers) or a file of "
-            "data.path was cut off or could not be read; the same command goes on from the last checkpoint"
+            f"data.num_workers: a data worker {dead[1]}; either memory ran out (accepted: fewer workers) or a file of "
+            "data.path is truncated or unreadable; the same command resumes from the last checkpoint"
         )
     return None

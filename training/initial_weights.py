@@ -1,4 +1,4 @@
-"""``init_from``: the weights that a new run starts from at step 0."""
+"""``init_from``: the weights a new run starts from at step 0."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from latte_flow.training.errors import UserError
 
 
 def find_initial_weights(config: TrainingConfig) -> OpenedCheckpoint | None:
-    """Return the weights that ``init_from`` names; None without it, and for a run that has checkpoints of its own.
+    """Return the weights that ``init_from`` names, or None if it is unset or the run has its own checkpoints.
 
     Raises:
-        UserError: when it holds none that can be read, or ``resume`` names another start.
+        UserError: when it holds no readable weights, or ``resume`` names another start.
     """
     if config.init_from is None or list_checkpoints(Path(config.output_dir) / CHECKPOINTS_FOLDER):
         return None
@@ -34,10 +34,10 @@ def find_initial_weights(config: TrainingConfig) -> OpenedCheckpoint | None:
 
 
 def load_initial_weights(model: LatteFlowModel, opened: OpenedCheckpoint) -> str:
-    """Load weights into a new model, the averaged ones where there are some; return what was loaded, for people.
+    """Load weights into a new model, averaged ones if available. Return a readable description of what was loaded.
 
     Raises:
-        UserError: when they are not of this network.
+        UserError: when the weights do not fit this network.
     """
     source = opened.source
     try:

@@ -2,9 +2,9 @@
 
     deepspeed training/main.py --deepspeed ds_configs/zero2.json [--config training/configs/X.yaml] [--any.field value]
 
-The same command again resumes the run in its output_dir. A run that was asked to stop ends with 75
+Running the same command again resumes the run in its output_dir. A run that was asked to stop exits with code 75
 (training/monitor/preemption.py).
-With --dry_run it prints what the run would cost and stops; that needs no launcher:
+With --dry_run it prints the cost of the run and exits; this needs no launcher:
 
     python training/main.py --dry_run --config X.yaml --assume.gpus 8
 """
@@ -27,24 +27,24 @@ from latte_flow.training.trainer import Trainer
 
 
 def main() -> None:
-    """Parse, build, train."""
+    """Parse the command line, then build and train the run."""
     command = parse_command()
     if command.dry_run:
         print(format_table(command.config, dry_run(command.config, command.assume), command.assume))
         return
     if command.config.tensor_parallel > 1:
-        # megatron-core hides the sum of a gradient over ranks behind a matrix product, where kernels start in the order of calls.
+        # megatron-core overlaps a gradient all-reduce with a matrix product; this relies on kernels starting in launch order.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     start_alone_without_launcher()
-    # Before anything asks for the current device: DeepSpeed itself sets it only when it builds the engine.
+    # Before anything queries the current device: DeepSpeed itself sets it only when it builds the engine.
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    # DeepSpeed makes groups of its own, which take torch's defaults.
+    # DeepSpeed creates its own process groups, which use torch's default timeouts.
     patience = command.config.health.patience
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = patience
     deepspeed.init_distributed(timeout=patience)
     hide_library_bars()
     finished = Trainer(command.config).train()
-    # Only here: after an error on one rank NCCL would wait, before the traceback is out, for others that wait in a collective.
+    # Not in a finally: after an error on one rank, NCCL would wait for ranks stuck in a collective before the traceback prints.
     dist.destroy_process_group()
     if not finished:
         sys.exit(EXIT_STOPPED)

@@ -1,8 +1,8 @@
-"""AdamW that keeps the exponential moving average (EMA) of the weights, and the groups of parameters it is given.
+"""AdamW with an exponential moving average (EMA) of the weights, and its parameter groups.
 
-DeepSpeed ZeRO hands the optimizer this rank's flat shard of the float32 master weights. Keeping the average as one more state
-tensor of AdamW makes it a shard of the same shape: it costs 4 bytes a parameter divided by the world size, and DeepSpeed saves,
-loads, re-partitions and offloads it with the moments. A step that DeepSpeed skips skips the average too.
+DeepSpeed ZeRO gives the optimizer this rank's flat shard of the float32 master weights. The average is one more state tensor of
+AdamW and therefore a shard of the same shape: it costs 4 bytes per parameter divided by the world size, and DeepSpeed saves,
+loads, re-partitions and offloads it with the moments. A step that DeepSpeed skips does not update the average either.
 """
 
 from collections.abc import Iterator
@@ -24,13 +24,13 @@ EMA_KEY = "ema"
 class AdamWWithEMA(torch.optim.AdamW):
     """torch's AdamW that also averages the parameters it updates.
 
-    After update n = 1, 2, ... the average moves by ema += (1 - d_n) (p - ema), d_n = min(decay, (1 + n) / (10 + n)). Early on
-    it follows quickly, so that it forgets the random initial weights.
+    After update n = 1, 2, ...: ema += (1 - d_n) (p - ema), d_n = min(decay, (1 + n) / (10 + n)). The smaller decay of early
+    steps makes the average forget the random initial weights.
 
     Args:
         params: parameter groups, as for AdamW.
-        ema_decay: the decay that d_n grows to; 0 makes the average equal the weights.
-        kwargs: AdamW's own.
+        ema_decay: upper limit of d_n; with 0 the average equals the weights.
+        kwargs: passed to AdamW.
     """
 
     def __init__(self, params: Any, *, ema_decay: float, **kwargs: Any):
@@ -46,10 +46,10 @@ class AdamWWithEMA(torch.optim.AdamW):
                     continue
                 state = self.state[parameter]
                 if EMA_KEY not in state:
-                    # n = 1 forgets all but 2/11 of the initial weights: starting from the first updated ones loses nothing.
+                    # n = 1 would keep only 2/11 of the initial weights: starting at the first updated weights loses nothing.
                     state[EMA_KEY] = parameter.detach().clone(memory_format=torch.preserve_format)
                     continue
-                # "step" is a tensor that may live on the device: arithmetic on it needs no host synchronisation.
+                # "step" is a tensor that may be on the device: arithmetic on it needs no host synchronisation.
                 n = state["step"]
                 decay = torch.clamp((1 + n) / (10 + n), max=self.ema_decay)
                 state[EMA_KEY].lerp_(parameter, (1 - decay).to(parameter.device, parameter.dtype))
@@ -58,10 +58,10 @@ class AdamWWithEMA(torch.optim.AdamW):
 
 @contextmanager
 def ema_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
-    """Run the body with the averaged weights in the model, and put the trained ones back afterwards, bit for bit.
+    """Run the body with the averaged weights in the model, then restore the trained weights bit-exactly.
 
     Every rank swaps its shard of the master weights with its shard of the average, and DeepSpeed gathers the model's weights from
-    the shards as after an optimizer step. Before the first step there is no average, and the body sees the weights themselves.
+    the shards as after an optimizer step. Before the first step there is no average and the body runs with the trained weights.
 
     Args:
         engine: a DeepSpeed engine with ZeRO over an AdamWWithEMA.
@@ -88,10 +88,10 @@ def ema_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
 
 
 def parameter_groups(model: LatteFlowModel, weight_decay: float) -> list[dict]:
-    """Return the trained parameters as optimizer groups: one a timestep expert, one of what is around them, one of the VLM.
+    """Return the trained parameters as optimizer groups: one per timestep expert, one for image_io, one for the VLM.
 
-    Each comes with and without weight decay: norms, biases, modulation and residual gates have none (paper section 6). A group's
-    ``name`` is the label that its gradient norm is reported under.
+    Each is split by weight decay: norms, biases, modulation and residual gates have none (paper section 6). The gradient norm of
+    a group is reported under its ``name``.
     """
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -111,7 +111,7 @@ def parameter_groups(model: LatteFlowModel, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(model: LatteFlowModel, config: OptimizerConfig) -> AdamWWithEMA:
-    """Return the optimizer of a network's trained parameters; its groups are those of ``parameter_groups``."""
+    """Return the optimizer of a network's trained parameters, grouped by ``parameter_groups``."""
     return AdamWWithEMA(
         parameter_groups(model, config.weight_decay),
         ema_decay=config.ema_decay,
@@ -122,5 +122,5 @@ def build_optimizer(model: LatteFlowModel, config: OptimizerConfig) -> AdamWWith
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
-    """Return the learning rate of the update after ``step`` updates: linear warm-up, then constant."""
+    """Return the learning rate of the update that follows ``step`` updates: linear warm-up, then constant."""
     return config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))

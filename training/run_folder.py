@@ -1,4 +1,4 @@
-"""The output_dir of a run: what it may hold at the start, which checkpoint the run starts from, what is written before step 1."""
+"""The output_dir of a run: its allowed content at the start, the checkpoint to start from, the files written before step 1."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +28,16 @@ from latte_flow.training.run_lock import LOCK_FILE
 
 DATA_FILE = "data.json"
 MAY_BE_THERE = (STOP_FILE, REQUEUE_FILE, LOCK_FILE, CONFIG_FILE + PARTIAL)
-"""What the names of files start with that the folder of a run that has not begun may hold."""
+"""Name prefixes of the files that the output_dir of a new run may already hold."""
 NETWORK_FIELDS = ("model.", "vlm.", "codec.")
-"""What a run that starts from another one's checkpoint must have in common with it."""
+"""Prefixes of the fields that must match when a run starts from another run's checkpoint."""
 
 
 def check_output_dir(config: TrainingConfig) -> None:
-    """Refuse an output_dir that holds another run, before anything is written.
+    """Reject an output_dir that holds another run or other files, before anything is written.
 
     Raises:
-        UserError: names what differs and what is accepted.
+        UserError: naming the difference and what is accepted.
     """
     folder = Path(config.output_dir)
     saved = folder / CONFIG_FILE
@@ -56,19 +56,19 @@ def check_output_dir(config: TrainingConfig) -> None:
         not folder.is_dir() or any(not path.name.startswith(MAY_BE_THERE) for path in folder.iterdir())
     ):
         raise UserError(
-            f"output_dir: {folder} exists and is not a training run; accepted: a new or empty folder, or a run's"
+            f"output_dir: {folder} exists and is not a training run; accepted: a new or empty folder, or the folder of a run"
         )
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a new run starts from: another run, or a universal checkpoint that was converted from one.
+    """What a new run starts from: another run, or a universal checkpoint converted from one.
 
     Attributes:
         config_file: the other run's configuration.
         components: its model folder.
-        checkpoints: that ``resume`` names, oldest first.
-        exported: whether that is a universal checkpoint, which has export.json in place of a manifest.
+        checkpoints: the checkpoints that ``resume`` names, oldest first.
+        exported: whether it is a universal checkpoint, which has export.json instead of a manifest.
     """
 
     config_file: Path
@@ -77,10 +77,10 @@ class Origin:
     exported: bool = False
 
     def newest_checkpoint(self) -> Path:
-        """Return the newest one that verifies. Collective.
+        """Return the newest valid checkpoint. Collective.
 
         Raises:
-            UserError: when every one is damaged.
+            UserError: when all are damaged.
         """
         path = newest_valid(self.checkpoints, require_export_record if self.exported else read_manifest)
         assert path is not None, "an origin has checkpoints"
@@ -88,13 +88,13 @@ class Origin:
 
 
 def find_origin(config: TrainingConfig) -> Origin | None:
-    """Return the other run whose checkpoint, named by ``resume``, a new run starts from; None for all other runs.
+    """Return the other run whose checkpoint, named by ``resume``, a new run starts from, or None.
 
-    Once the run has a checkpoint of its own it goes on from that: a job that is requeued starts with the same command again.
+    Once the run has its own checkpoint it resumes from that, because a requeued job runs the same command again.
 
     Raises:
-        UserError: when ``resume`` names no checkpoint, one of another network, or an older one of this very run; or when it is
-            ``never`` and there are checkpoints.
+        UserError: when ``resume`` names no checkpoint, a checkpoint of another network or an older checkpoint of this run, or
+            when it is ``never`` and there are checkpoints.
     """
     own = list_checkpoints(Path(config.output_dir) / CHECKPOINTS_FOLDER)
     if config.resume == RESUME_AUTO or (config.resume == RESUME_NEVER and not own):
@@ -108,7 +108,7 @@ def find_origin(config: TrainingConfig) -> Origin | None:
     if path.resolve().is_relative_to(Path(config.output_dir).resolve()) and own:
         if STEP_FOLDER.fullmatch(path.name) and path.name != own[-1].name:
             raise UserError(
-                f"resume: {path} is not the newest checkpoint of output_dir, {own[-1].name} is; accepted: another output_dir, "
+                f"resume: {path} is not the newest checkpoint of output_dir ({own[-1].name}); accepted: another output_dir, "
                 "which then starts from it"
             )
         return None
@@ -117,12 +117,12 @@ def find_origin(config: TrainingConfig) -> Origin | None:
     origin = _find_export(path) or _find_run(path)
     if not origin.config_file.is_file():
         raise UserError(
-            f"resume: {origin.config_file} not found; accepted: a checkpoint in the output_dir that it was written to, or one "
+            f"resume: {origin.config_file} not found; accepted: a checkpoint in the output_dir it was written to, or one "
             "converted from there"
         )
     changes = [line for line in differences(load_config(origin.config_file), config) if line.startswith(NETWORK_FIELDS)]
     if changes:
-        raise UserError(f"resume: {path} is of another network ({'; '.join(changes)}); accepted: the same values")
+        raise UserError(f"resume: {path} belongs to another network ({'; '.join(changes)}); accepted: the same values")
     return origin
 
 
@@ -138,7 +138,7 @@ def _find_run(path: Path) -> Origin:
 
 
 def _find_export(path: Path) -> Origin | None:
-    """Return an exported folder as an origin; None when the path is none."""
+    """Return an exported folder as an origin, or None if the path is not one."""
     try:
         record = read_export_record(path)
     except ValueError as error:
@@ -147,14 +147,14 @@ def _find_export(path: Path) -> Origin | None:
         return None
     if record["format"] != UniversalSource.format or record["weights"] is not None:
         raise UserError(
-            f"resume: {path} holds weights as {record['format']}, and no optimizer state; accepted: --init_from {path}, which "
-            f"takes the weights, or --resume with a {UniversalSource.format} checkpoint that was converted without --weights"
+            f"resume: {path} holds weights as {record['format']} and no optimizer state; accepted: --init_from {path}, which "
+            f"loads the weights, or --resume with a {UniversalSource.format} checkpoint converted without --weights"
         )
     return Origin(path / CONFIG_FILE, path, [path], exported=True)
 
 
 def components_folder(config: TrainingConfig, start: Origin | OpenedCheckpoint | None) -> Path:
-    """Return the model folder whose components a run is built of: its own, once it is complete, or that of its start."""
+    """Return the model folder a run is built from: its own, once complete, or that of its start."""
     own = Path(config.output_dir) / MODEL_FOLDER
     if start is None or start.components is None or (own / PIPELINE_FILE).is_file():
         return own
@@ -162,12 +162,12 @@ def components_folder(config: TrainingConfig, start: Origin | OpenedCheckpoint |
 
 
 def write_components(config: TrainingConfig, components: Components, model: LatteFlowModel) -> None:
-    """Make the output_dir of a new run complete in itself: its configuration, and the model folder without weights.
+    """Write what makes the output_dir of a new run self-contained: its configuration and the model folder without weights.
 
     Args:
         config: the run.
-        components: what it is built of.
-        model: its network, of which only the configuration is written.
+        components: the components it is built from.
+        model: its network; only the configuration is written.
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""One run writes an output_dir at a time: a lock that rank 0 holds for the run's life.
+"""A lock that lets only one run at a time write an output_dir. Rank 0 holds it for the lifetime of the run.
 
-The lock is the kernel's (fcntl), so it ends with its process, however that ends: a killed run or a requeued job leaves nothing
-to clean up. On a shared file system the file server keeps it for all nodes, if the system supports locks.
+It is a kernel lock (fcntl), released when its process ends for any reason: a killed run or a requeued job leaves nothing to
+clean up. On a shared file system the file server enforces it across nodes, if the file system supports locks.
 """
 
 import errno
@@ -17,20 +17,20 @@ from latte_flow.training.errors import UserError
 
 LOCK_FILE = "run.lock"
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-"""Errors of a file system that has no locks."""
+"""Errors of a file system without lock support."""
 
 
 class RunLock:
     """The lock of an output_dir. Taking it is collective; rank 0 holds it until ``release`` or the end of its process.
 
-    Nothing else of the process may open the file: POSIX drops a process's locks on a file with the first descriptor closed.
+    Nothing else in the process may open the file: POSIX drops a process's locks on a file when any descriptor to it is closed.
 
     Args:
-        output_dir: made if it is not there.
+        output_dir: created if missing.
 
     Raises:
-        UserError: on every rank, when another process holds the lock, or the folder cannot be written; names the host and
-            process that hold it.
+        UserError: on every rank, when another process holds the lock (named by host and process id) or the folder cannot be
+            written.
     """
 
     def __init__(self, output_dir: Path):
@@ -42,7 +42,7 @@ class RunLock:
             raise UserError(f"output_dir: {problem}")
 
     def _take(self) -> str | None:
-        """Take the lock; return why that is not possible."""
+        """Take the lock. Return the reason it failed, or None."""
         folder = self.file.parent
         try:
             while not folder.exists():
@@ -51,7 +51,7 @@ class RunLock:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             stream = self.file.open("a+", encoding="utf-8")
         except OSError as error:
-            return f"{self.file.parent} cannot be written: {error.strerror}; accepted: a folder that can be"
+            return f"{self.file.parent} cannot be written: {error.strerror}; accepted: a writable folder"
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -60,16 +60,16 @@ class RunLock:
                 holder = _describe(stream.read())
                 stream.close()
                 return (
-                    f"{self.file.parent} is in use by {holder}; accepted: another output_dir, or the same one when that run has "
-                    "ended"
+                    f"{self.file.parent} is in use by {holder}; accepted: another output_dir, or the same one after that run "
+                    "has ended"
                 )
             print(
-                f"output_dir: {self.file.parent} is on a file system without locks ({error.strerror}): a second run that is "
+                f"output_dir: {self.file.parent} is on a file system without locks ({error.strerror}): a second run "
                 "started there will not be refused",
                 file=sys.stderr,
                 flush=True,
             )
-        if not _is_same(stream, self.file):  # a run that was refused has just removed it
+        if not _is_same(stream, self.file):  # the previous holder removed the file in the meantime
             stream.close()
             return self._take()
         stream.truncate(0)
@@ -80,10 +80,10 @@ class RunLock:
         return None
 
     def release(self) -> None:
-        """Give the lock back, and remove its file and the folders that were made for it alone. Not collective."""
+        """Release the lock; remove its file and the folders created only for it. Not collective."""
         if self._stream is None:
             return
-        self.file.unlink(missing_ok=True)  # while it is held: who opens it now finds out that it is not the one there
+        self.file.unlink(missing_ok=True)  # while locked: a process that has it open then notices that it is gone
         for folder in self._made:
             if any(folder.iterdir()):
                 break
@@ -104,5 +104,5 @@ def _describe(content: str) -> str:
         holder = json.loads(content)
         job = f", SLURM job {holder['slurm_job']}" if holder["slurm_job"] else ""
         return f"process {holder['pid']} on {holder['host']}{job}"
-    except (ValueError, KeyError, TypeError):  # it has just been taken, and nothing is written yet
+    except (ValueError, KeyError, TypeError):  # the lock was just taken and nothing is written yet
         return "another process"

@@ -1,8 +1,8 @@
-"""The training loop: ``train`` says what happens, ``train_step`` says how a step is trained.
+"""The training loop: ``train`` is the outer loop, ``train_step`` is one optimizer step.
 
     while step < max_steps: train a step, log, draw samples, save a checkpoint
 
-Everything random is a function of (seed, global sample index), so resuming needs the step and the weights and nothing else.
+Everything random is a function of (seed, global sample index), so resuming needs only the step and the training state.
 """
 
 import time
@@ -59,27 +59,27 @@ from latte_flow.training.run_folder import (
 from latte_flow.training.run_lock import RunLock
 
 ABANDON_SECONDS = 600.0
-"""How long a run that ends by an error waits for a checkpoint that is being written."""
+"""How long a run that fails waits for a checkpoint that is being written."""
 
 
 class Trainer:
-    """Trains one configuration; builds everything, resumes what the output_dir holds.
+    """Builds and trains one run, or resumes the run in its output_dir.
 
     Args:
         config: the run.
 
     Raises:
-        UserError: when the configuration or the output_dir does not allow the run; nothing has been overwritten then.
+        UserError: when the configuration or the output_dir does not allow the run; nothing is overwritten in that case.
     """
 
     def __init__(self, config: TrainingConfig):
-        # Ranks meet in the barriers and collectives of these steps: their order is the same on all of them.
+        # These steps contain barriers and collectives: all ranks must run them in the same order.
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.rank = dist.get_rank()
         self.ranks = arrange_ranks(config.tensor_parallel, config.health.patience)
         self.device = torch.device(get_accelerator().current_device_name())
-        check_output_dir(config)  # the lock's file is put into no folder of somebody else's
+        check_output_dir(config)  # first, so that no lock file is put into a folder that is not a run
         self.lock = RunLock(self.output_dir)
         try:
             self._build()
@@ -88,11 +88,11 @@ class Trainer:
             raise
 
     def _build(self) -> None:
-        """Build the run in the order in which its ranks meet. The output_dir is this run's alone from here on."""
+        """Build the run, in the same order on all ranks. From here on this run has exclusive use of the output_dir."""
         config = self.config
         check_output_dir(config)
         self.origin, initial = find_origin(config), find_initial_weights(config)
-        dist.barrier()  # the stop request removes a file that others look at
+        dist.barrier()  # StopRequest removes a file that the checks above look at
         self.stop = StopRequest(self.output_dir, self.device)
         images = load_image_dataset(config.data)
         data_record = DataRecord(images, self.output_dir / DATA_FILE, allow_changed=config.data.allow_changed)
@@ -112,7 +112,7 @@ class Trainer:
         self.contexts, self.prompt_inputs = read_prompts(
             config, images, components, self.ranks, self.layout, self.device
         )
-        dist.barrier()  # nobody writes before all have read what the run has
+        dist.barrier()  # no rank writes before all have read the run's files
         if self.rank == 0:
             write_components(config, components, model)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=self.ranks.mpu)
@@ -139,7 +139,7 @@ class Trainer:
         )
 
     def _make_monitors(self, num_prompts: int) -> None:
-        """Make what follows the training: the sample grid, losses, health, times, the watchdog, checkpoints. Collective."""
+        """Create what monitors the training: sample grid, losses, health, timers, watchdog; and checkpoints. Collective."""
         config, group = self.config, self.ranks.data_group
         self.grid = SampleGrid(config.sample, self.codec, self.contexts, self.prompt_inputs, num_prompts, self.ranks)
         self.meter = LossMeter(self.model.experts.num_groups, config.logging.timestep_bins, self.device, group)
@@ -154,13 +154,13 @@ class Trainer:
         )
 
     def _resume(self) -> int:
-        """Load the checkpoint that the run goes on from and return its step; 0 when the run starts from nothing. Collective."""
+        """Load the checkpoint to resume from and return its step, or 0 if there is none. Collective."""
         path = self.checkpoints.newest_valid()
         if path is not None:
             print_once(f"resumed from {path}")
             state = self.checkpoints.load(self.engine, path)
             self.meter.load_state_dict(state["meter"])
-            if "health" in state:  # checkpoints of older versions have none
+            if "health" in state:  # missing in checkpoints of older versions
                 self.health.load_state_dict(state["health"])
             if self.rank == 0:
                 self.checkpoints.clean_up(path)
@@ -173,16 +173,16 @@ class Trainer:
         return self.checkpoints.load(self.engine, path, same_run=False)["step"]
 
     def _record_start(self, data_record: DataRecord) -> None:
-        """Write what this start of the run may have changed: max_steps and the like, and the data."""
+        """Write what may have changed with this start of the run: fields such as max_steps, and the data record."""
         if self.rank == 0:
             save_config(self.config, self.output_dir / CONFIG_FILE)
             data_record.update(self.step)
 
     def train(self) -> bool:
-        """Train up to ``max_steps``, then leave a checkpoint and a sample grid of the last step.
+        """Train up to ``max_steps``; the last step writes a checkpoint and a sample grid.
 
         Returns:
-            False when the run was asked to stop before that and left a checkpoint to go on from.
+            False when the run was stopped before that, with a checkpoint to resume from.
         """
         config = self.config
         if self.step >= config.max_steps:
@@ -208,7 +208,7 @@ class Trainer:
                 stopped = self.step < config.max_steps and self.stop.poll(wait=draws)
                 self._save_if_due(stopped)
         except BaseException:
-            self.checkpoints.wait(ABANDON_SECONDS)  # one that is being written in the background is worth waiting for
+            self.checkpoints.wait(ABANDON_SECONDS)  # let a background write finish
             raise
         progress.close()
         self._finish(stopped)
@@ -230,11 +230,11 @@ class Trainer:
         )
 
     def _is_due(self, every: int, step: int) -> bool:
-        """Return whether what is done every so many steps, and after the last one, is done after a step; 0 is never."""
+        """Return whether ``step`` is a multiple of ``every`` or the last step; ``every`` 0 means never."""
         return every > 0 and (step % every == 0 or step == self.config.max_steps)
 
     def _finish(self, stopped: bool) -> None:
-        """End the run in order, whether it is trained or was stopped. Collective."""
+        """Shut the run down cleanly, whether it finished or was stopped. Collective."""
         self.watchdog.stop()
         if self.writer:
             self.writer.close()
@@ -244,14 +244,14 @@ class Trainer:
             print_once(f"stopped at step {self.step} with a checkpoint; the same command resumes the run")
 
     def train_step(self, batches: Iterator[Batch], *, report_gradients: bool) -> dict[str, Tensor]:
-        """Do one optimizer step: every micro-batch forward and backward, then the update.
+        """Run one optimizer step: all micro-batches forward and backward, then the update.
 
         Args:
             batches: iterator of this rank's micro-batches.
             report_gradients: whether to measure the gradient norms of the experts.
 
         Returns:
-            Gradient norm per parameter group label before clipping; empty unless asked for.
+            Gradient norm before clipping per parameter group label; empty unless requested, or if the step was skipped.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optimizer, self.step)
@@ -272,9 +272,9 @@ class Trainer:
             self.engine.step()
         self.step += 1
         losses = torch.cat([losses for losses, *_ in trained])
-        if self.engine.skipped_steps > skipped_before:  # the same on all ranks: DeepSpeed asks all of them
+        if self.engine.skipped_steps > skipped_before:  # the same on all ranks: DeepSpeed reduces it
             entry = self.health.step_skipped(self.step, losses, torch.cat([indices for *_, indices in trained]))
-            print_once(f"step {self.step} skipped, its loss or gradient is not finite: {entry}")
+            print_once(f"step {self.step} skipped because its loss or gradient is not finite: {entry}")
             return {}
         for losses_of_rows, groups, timesteps, _ in trained:
             self.meter.update(losses_of_rows, groups, timesteps)
@@ -282,10 +282,10 @@ class Trainer:
         return norms
 
     def _end_if_all_are_skipped(self) -> None:
-        """End a run whose newest steps, as many as are put up with, were skipped, with a checkpoint of the state before them.
+        """Abort a run after ``max_skipped_steps`` consecutive skipped steps, with a checkpoint of the state before them.
 
         Raises:
-            UserError: then.
+            UserError: in that case.
         """
         count = self.health.skipped_in_a_row
         if count < self.config.health.max_skipped_steps:
@@ -293,15 +293,15 @@ class Trainer:
         before = self.step - count
         self._save(before_skipped=True)
         if before == 0:
-            where = "are those that the run started with"
+            where = "are those the run started with"
         elif self.checkpoints.wait():
             where = f"are in {self.checkpoints.folder / step_name(before)}"
         else:
             where = "could not be saved; the newest checkpoint is an earlier one"
         self._log({})
         raise UserError(
-            f"health.max_skipped_steps: steps {before + 1} to {self.step}, {count} in a row, were skipped because their loss or "
-            f"gradient is not finite (samples in metrics.jsonl); the weights before them {where}; accepted: mended data (with "
+            f"health.max_skipped_steps: {count} consecutive steps, {before + 1} to {self.step}, were skipped because their loss "
+            f"or gradient is not finite (samples in metrics.jsonl); the weights before them {where}; accepted: fixed data (with "
             "--data.allow_changed true), or another output_dir with --resume CHECKPOINT and a smaller optimizer.lr"
         )
 
@@ -327,11 +327,11 @@ class Trainer:
         return flow_matching_loss(velocity, data, batch.noise)
 
     def _log(self, gradient_norms: dict[str, Tensor]) -> float:
-        """Report the steps since the last report; return their mean loss. Collective."""
+        """Log the steps since the last report and return their mean loss. Collective."""
         self._enter("logging")
         losses = self.meter.compute()
         health = self.health.report()
-        with torch.no_grad():  # on every rank: under ZeRO-3 running a module gathers its weights, a collective
+        with torch.no_grad():  # on all ranks: under ZeRO-3 running a module gathers its weights, a collective
             gates = self.ranks.gather_heads(self.model.gate_values(torch.linspace(1000, 0, 21, device=self.device)))
         now = time.perf_counter()
         steps, seconds = self.step - self._logged_step, now - self._logged_time
@@ -359,7 +359,7 @@ class Trainer:
         return losses["loss"]
 
     def _draw_samples(self) -> None:
-        """Draw the sample grid and put it into samples/ and TensorBoard. Collective."""
+        """Draw the sample grid and write it to samples/ and TensorBoard. Collective."""
         self._enter("sampling")
         grid = self.grid.draw(self.engine)
         if self.writer:
@@ -370,31 +370,31 @@ class Trainer:
             self.writer.flush()
 
     def _save_if_due(self, stopped: bool) -> None:
-        """Save a checkpoint every so many steps and when the run ends, whose last one must be written. Collective.
+        """Save a checkpoint if one is due or the run ends; the one at the end must succeed. Collective.
 
-        While steps are skipped none is saved that is not asked for: the newest one stays that of the state before them.
+        While steps are being skipped no periodic checkpoint is saved: the newest one stays that of the state before them.
         """
         last = self.step == self.config.max_steps
         if last or stopped or (self.step % self.config.checkpoint.every == 0 and not self.health.skipped_in_a_row):
             self._save(before_skipped=not last)
         if (last or stopped) and not self.checkpoints.wait():
             raise UserError(
-                f"output_dir: the checkpoint of step {self.step}, at which the run ends, could not be written to "
-                f"{self.checkpoints.folder}; the same command resumes from the one before"
+                f"output_dir: the final checkpoint, of step {self.step}, could not be written to "
+                f"{self.checkpoints.folder}; the same command resumes from the previous checkpoint"
             )
 
     def _save(self, *, before_skipped: bool = False) -> None:
-        """Save a checkpoint, which may go on in the background. Collective.
+        """Save a checkpoint, possibly in the background. Collective.
 
         Args:
-            before_skipped: when the newest steps were skipped, save the state before them: a start from there tries them again.
+            before_skipped: if the newest steps were skipped, save the state before them, so that resuming retries them.
         """
         self._enter("checkpoint")
         count = self.health.skipped_in_a_row if before_skipped else 0
         step = self.step - count
         if step == 0:
             return
-        # Skipped steps have left the weights as they were; only counters have moved.
+        # Skipped steps left the weights unchanged; only counters moved.
         self._move_counters(-count)
         state = {"step": step, "meter": self.meter.state_dict(), "health": self.health.state_dict(forget_skipped=count)}
         self.checkpoints.save(self.engine, step, state)
@@ -406,6 +406,6 @@ class Trainer:
         self.engine.global_samples += skipped_steps * self.config.global_batch_size
 
     def _enter(self, phase: str, micro_step: int = 0) -> None:
-        """Tell the watchdog what this rank begins to do in the step at hand, or after it."""
+        """Tell the watchdog which phase of the current step this rank enters."""
         trained = PHASES.index(phase) >= PHASES.index("logging")
         self.watchdog.enter(self.step if trained else self.step + 1, phase, micro_step)

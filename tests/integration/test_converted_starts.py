@@ -86,7 +86,7 @@ def test_what_cannot_start_a_run_says_so(command, tmp_path):
     for fields, message in [
         (
             {"resume": weights},
-            f"resume: {weights} holds weights as pt, and no optimizer state; accepted: --init_from {weights}",
+            f"resume: {weights} holds weights as pt and no optimizer state; accepted: --init_from {weights}",
         ),
         (
             {"init_from": tmp_path / "none"},

@@ -76,9 +76,7 @@ def test_many_in_a_row_end_the_run_with_a_checkpoint_from_before(command, one_ra
     fields = {"checkpoint__every": 100, "health__max_skipped_steps": 3, "sample__every": 0}
     poison = {"hooks": ("poison",), "variables": {"POISON": "96 9999"}}
     run = command.train(code=2, **poison, **fields)
-    message = (
-        "error: health.max_skipped_steps: steps 4 to 6, 3 in a row, were skipped because their loss or gradient is not"
-    )
+    message = "error: health.max_skipped_steps: 3 consecutive steps, 4 to 6, were skipped because their loss or gradient is not"
     assert message in run.finished.output
     assert [path.name for path in list_checkpoints(run.output_dir / "checkpoints")] == ["step_0000003"]
     assert [entry["step"] for entry in metrics(run.output_dir)[-1]["skipped"]] == [6]
@@ -106,7 +104,7 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(command):
 @pytest.mark.parametrize(
     ("rank", "message"),
     [
-        (0, "error: rank 0, which knows where all ranks stand, does not answer"),
+        (0, "error: rank 0, which tracks all ranks, does not answer"),
         (1, "rank 1 does not answer: its process is stopped"),
     ],
 )

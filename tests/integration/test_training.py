@@ -217,7 +217,7 @@ def test_the_context_is_the_same_however_much_of_it_is_kept(command):
 
 def test_long_prompts_are_cut_in_training_and_sampling_alike(command):
     run = command.train(data__max_prompt_tokens=5, max_steps=2, sample__num_images=10, sample__every=2)
-    assert "data.max_prompt_tokens: 10 of 11 prompts are cut to 5 tokens" in run.finished.output
+    assert "data.max_prompt_tokens: 10 of 11 prompts are truncated to 5 tokens" in run.finished.output
     pipeline = load_pipeline(run.output_dir)
     assert all(len(pipeline.tokenizer(message)["input_ids"]) <= 5 for message in pipeline.messages(range(10)))
     settings = ["--num_images", "10", "--seed", "0", "--cfg_scale", "2", "--num_steps", "8"]

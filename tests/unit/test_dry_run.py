@@ -116,10 +116,10 @@ def test_the_table_names_every_part_and_the_batch_arithmetic(paper_run):
     for text in (
         "1,582.86 M",
         "ZeRO-2, 8 GPUs, micro-batch 256",
-        "each group sees 512 samples a step",
+        "each group sees 512 samples per step",
         "240,000 steps",
         "optimizer (master weights, moments, average)",
-        "context of all prompts, once a run",
+        "context of all prompts, once per run",
     ):
         assert text in table
 

@@ -147,7 +147,7 @@ class TestMetricsWriter:
         file.write_bytes(b"\n".join([first, damage, third, b""]))
         MetricsWriter(tmp_path, 3).close()
         assert [line["step"] for line in lines(tmp_path)] == [1, 3]
-        assert f"{file}: a damaged line is left out" in capsys.readouterr().out
+        assert f"{file}: a damaged line is dropped" in capsys.readouterr().out
 
     def test_numbers_that_are_not_finite_become_null_and_lists_stay_out_of_tensorboard(self, tmp_path):
         writer = MetricsWriter(tmp_path, 0)

@@ -101,7 +101,7 @@ def test_a_run_may_start_from_one_that_differs_in_all_but_the_network(tmp_path, 
         assert start(tmp_path / "run", other, *changed).config_file.parent == other
         return
     with pytest.raises(
-        UserError, match=rf"resume: .* is of another network \({changed[0].removeprefix('--')}: the run has"
+        UserError, match=rf"resume: .* belongs to another network \({changed[0].removeprefix('--')}: the run has"
     ):
         start(tmp_path / "run", other, *changed)
 

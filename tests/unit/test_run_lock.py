@@ -84,5 +84,5 @@ def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
 
 def test_an_output_dir_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"output_dir: .*cannot be written: .*; accepted: a folder that can be"):
+    with pytest.raises(UserError, match=r"output_dir: .*cannot be written: .*; accepted: a writable folder"):
         RunLock(tmp_path / "file" / "run")

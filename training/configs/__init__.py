@@ -1,1 +1,1 @@
-"""The fields of a run, how they are parsed and saved, DeepSpeed's JSON, and the presets."""
+"""The fields of a run, parsing and saving them, DeepSpeed's JSON, and the presets."""

@@ -1,4 +1,4 @@
-"""Files that are part of the package, found by name also where there is no checkout: presets and DeepSpeed's configurations."""
+"""Files bundled with the package, found by name without a checkout too: presets and DeepSpeed configurations."""
 
 from pathlib import Path
 
@@ -9,18 +9,18 @@ PACKAGE = Path(latte_flow.__file__).parent
 
 
 def find_file(field: str, given: str, folder: str, suffix: str) -> Path:
-    """Return the file at the path ``given``; where there is none, the bundled one of that name.
+    """Return the file at the path ``given``, or the bundled file of that name if there is none.
 
     Args:
-        field: what the file is given for, to name it in errors.
+        field: the field that takes the file, for error messages.
         given: a path; or a bundled file's name, with or without its suffix (``zero2``), or its path in a checkout.
-        folder: of the bundled files, in a checkout.
-        suffix: theirs.
+        folder: folder of the bundled files in a checkout.
+        suffix: suffix of the bundled files.
 
     Raises:
-        UserError: when there is neither; it lists the bundled names.
+        UserError: when neither exists; it lists the bundled names.
     """
-    if Path(given).is_file():  # no device or pipe, which may have no end
+    if Path(given).is_file():  # not a device or pipe, which may never end
         return Path(given)
     bundled = sorted((PACKAGE / folder).glob(f"*{suffix}"))
     for file in bundled:

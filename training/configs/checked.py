@@ -1,4 +1,4 @@
-"""Dataclasses that check themselves: constrained types, and errors that name the field, the value and what is accepted."""
+"""Self-validating dataclasses: constrained types, and errors that name the field, the value and what is accepted."""
 
 import dataclasses
 import functools
@@ -13,8 +13,8 @@ from pydantic.dataclasses import dataclass
 from latte_flow.training.errors import UserError
 
 LIMIT = 2**64
-"""No number of a run reaches it: the generators take 64 bits, and much larger integers become no floats."""
-ACCEPTED = {  # where pydantic's own words name no value that is accepted
+"""Exclusive upper limit of all numbers: random generators take 64 bits, and much larger integers do not convert to floats."""
+ACCEPTED = {  # for error types whose pydantic message does not name an accepted value
     "dataclass_type": "a mapping of its fields",
     "invalid_key": "names that are text",
     "unexpected_keyword_argument": "the fields that --help lists, each inside its section",
@@ -23,10 +23,10 @@ T = TypeVar("T")
 
 
 def check_path(text: str | None) -> str | None:
-    """Refuse what no file system can be asked for."""
+    """Reject text that cannot be a path on any file system."""
     try:
         encoded = os.fsencode(text or "")
-    except UnicodeEncodeError:  # half of a surrogate pair
+    except UnicodeEncodeError:  # a lone surrogate
         encoded = b"\0"
     if b"\0" in encoded or len(encoded) >= 4096 or any(len(part) > 255 for part in encoded.split(b"/")):
         raise ValueError("a path")
@@ -34,17 +34,17 @@ def check_path(text: str | None) -> str | None:
 
 
 def check_template(text: str) -> str:
-    """Refuse a template unless ``template.format(x)`` puts x in at exactly one place, as it is."""
+    """Reject a template unless ``template.format(x)`` inserts x unchanged in exactly one place."""
     try:
         blanks = [blank for _, *blank in string.Formatter().parse(text) if blank[0] is not None]
     except ValueError:  # a single brace
         blanks = []
-    if blanks != [["", "", None]]:  # name, format and conversion: {:>9999999999} would fill the memory
+    if blanks != [["", "", None]]:  # name, format and conversion: {:>9999999999} would exhaust memory
         raise ValueError("a text with {} exactly once (other braces doubled)")
     return text
 
 
-# Strict: neither true nor "1" is 1.
+# Strict: neither true nor "1" is accepted as 1.
 PositiveInt = Annotated[int, Field(strict=True, gt=0, lt=LIMIT)]
 NonNegativeInt = Annotated[int, Field(strict=True, ge=0, lt=LIMIT)]
 Real = Annotated[float, Field(strict=True)]
@@ -58,7 +58,7 @@ PromptTemplate = Annotated[str, AfterValidator(check_template)]
 
 class _Short(reprlib.Repr):
     def repr_int(self, x, level):
-        # Python itself refuses to print one of more than 4300 digits.
+        # Python refuses to print integers of more than 4300 digits.
         return repr(x) if x.bit_length() <= 64 else f"an integer of {x.bit_length()} bits"
 
 
@@ -67,14 +67,14 @@ _short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
 
 
 def shown(value: object) -> str:
-    """Return a value as Python writes it, cut where it is long."""
+    """Return the repr of a value, shortened if long."""
     text = _short.repr(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 @dataclass_transform(field_specifiers=(dataclasses.field,))
 def checked(kind: type[T]) -> type[T]:
-    """Make a class a dataclass that raises UserError for a value that its type, or its ``__post_init__``, does not accept."""
+    """Make a class a dataclass that raises UserError for a value that its type or its ``__post_init__`` rejects."""
     made = cast(type[T], dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False))(kind))
     fill = made.__init__
 
@@ -90,7 +90,7 @@ def checked(kind: type[T]) -> type[T]:
 
 
 def from_values(kind: type[T], values: object, name: str = "") -> T:
-    """Return plain values, such as YAML has, as the type ``kind``; mappings become its dataclasses.
+    """Convert plain values, as read from YAML, to the type ``kind``; mappings become its dataclasses.
 
     Raises:
         UserError: naming the field (after ``name``), the value and what is accepted.
@@ -106,7 +106,7 @@ def _in_words(error: ValidationError, name: str) -> str:
     for part in first["loc"]:
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
     reason = first.get("ctx", {}).get("error")
-    if isinstance(reason, UserError):  # of a __post_init__, which names its own field
+    if isinstance(reason, UserError):  # raised by a __post_init__, which names its own field
         return f"{name}.{reason}" if name else str(reason)
     accepted = str(reason) if reason else first["msg"].removeprefix("Input should be ")
     return f"{name}: got {shown(first['input'])}; accepted: {ACCEPTED.get(first['type'], accepted)}"

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON configuration: read, its "auto" fields filled from the training configuration, contradictions refused."""
+"""Reads DeepSpeed's JSON configuration, fills its "auto" fields from the training configuration, rejects contradictions."""
 
 import copy
 import json
@@ -11,19 +11,19 @@ from latte_flow.training.configs.bundled import find_file
 from latte_flow.training.configs.fields import TrainingConfig
 from latte_flow.training.errors import UserError
 
-if TYPE_CHECKING:  # distributed/ lies above configs/
+if TYPE_CHECKING:  # distributed/ is a layer above configs/
     from latte_flow.training.distributed.batch_layout import BatchLayout
 
 SUPPORTED_STAGES = (1, 2, 3)
 UNCHECKED = {"steps_per_print": int, "wall_clock_breakdown": bool, "zero_force_ds_cpu_optimizer": bool}
-"""Fields of the files in ds_configs/ whose values DeepSpeed takes as they are, and fails on in the middle of the run."""
+"""Fields of the files in ds_configs/ that DeepSpeed does not validate; a bad value fails only in the middle of the run."""
 
 
 def deepspeed_file(config: TrainingConfig) -> Path:
-    """Return DeepSpeed's configuration file of a run; a bundled one also outside a checkout.
+    """Return the DeepSpeed configuration file of a run; bundled files are found outside a checkout too.
 
     Raises:
-        UserError: when there is none.
+        UserError: when the file does not exist.
     """
     return find_file("deepspeed", config.deepspeed, "ds_configs", ".json")
 
@@ -31,18 +31,18 @@ def deepspeed_file(config: TrainingConfig) -> Path:
 def load_deepspeed_config(config: TrainingConfig, layout: "BatchLayout") -> dict:
     """Return DeepSpeed's configuration for this run.
 
-    A field that is "auto", or one of the batch size, clipping and precision fields left out, takes the training configuration's
-    value; any other value there must agree with it.
+    The batch size, clipping and precision fields take the value of the training configuration if they are "auto" or missing;
+    any other value must agree with it.
 
     Raises:
-        UserError: when the file is missing or no JSON object, contradicts the training configuration, or asks for a ZeRO stage or
+        UserError: when the file is missing, is not a JSON object, contradicts the training configuration, or sets a ZeRO stage or
             an option that this trainer does not support.
     """
     path = deepspeed_file(config)
     try:
         result = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:  # not readable, no text, no JSON, or lists without end
-        raise UserError(f"deepspeed: {path} is no valid JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:  # unreadable, not text, not JSON, or nested too deeply
+        raise UserError(f"deepspeed: {path} is not valid JSON: {error}") from error
     if not isinstance(result, dict):
         raise UserError(f"deepspeed: {path} holds a {type(result).__name__}; accepted: a JSON object")
     for name in ("bf16", "zero_optimization"):
@@ -55,7 +55,7 @@ def load_deepspeed_config(config: TrainingConfig, layout: "BatchLayout") -> dict
         "gradient_accumulation_steps": ("global_batch_size", layout.accumulation_steps),
         "gradient_clipping": ("optimizer.grad_clip", config.optimizer.grad_clip),
         "bf16.enabled": ("precision", config.precision == "bf16"),
-        # AdamW with the moving average is none that DeepSpeed knows.
+        # DeepSpeed does not know AdamW with the moving average.
         "zero_allow_untested_optimizer": ("optimizer", True),
     }
     for key, (field, value) in decided.items():
@@ -65,13 +65,13 @@ def load_deepspeed_config(config: TrainingConfig, layout: "BatchLayout") -> dict
             section = section.setdefault(part, {})
         given = section.get(name, "auto")
         if given not in ("auto", value):
-            raise UserError(f'{field}: makes {key} {value!r}, but {path} sets {given!r}; set it to "auto" there')
+            raise UserError(f'{field}: requires {key} {value!r}, but {path} sets {given!r}; accepted: "auto" there')
         section[name] = value
     for key in ("optimizer", "scheduler", "fp16"):
         if key in result:
-            raise UserError(f"deepspeed: {path} has {key!r}; accepted: none, training/main.py brings its own")
+            raise UserError(f"deepspeed: {path} has {key!r}; accepted: no such field, training/main.py sets its own")
     for part, name in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
-        if result.get(part, {}).get(name, True) is not True:  # a step that is not finite would be taken
+        if result.get(part, {}).get(name, True) is not True:  # otherwise a non-finite step would be applied
             raise UserError(f"deepspeed: {path} sets {part}.{name} to {result[part][name]!r}; accepted: true")
     for key, kind in UNCHECKED.items():
         if key in result and (type(result[key]) is not kind or result[key] < 0):
@@ -90,10 +90,10 @@ def load_deepspeed_config(config: TrainingConfig, layout: "BatchLayout") -> dict
 
 
 def _check_with_deepspeed(result: dict, path: Path) -> None:
-    """Raise UserError for what DeepSpeed itself does not accept, before any rank has started to build anything."""
+    """Raise UserError for what DeepSpeed itself rejects, before any rank builds anything."""
     try:
-        # The batch size is checked above, and for the run's number of ranks; a dry run has one process.
+        # The batch size is checked above for the run's number of ranks; a dry run has only one process.
         DeepSpeedConfig({name: copy.deepcopy(value) for name, value in result.items() if name != "train_batch_size"})
-    except Exception as error:  # assertions, pydantic's, KeyError, TypeError: whatever its reading of a field meets
+    except Exception as error:  # its parsing raises anything: AssertionError, pydantic's, KeyError, TypeError
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"deepspeed: {path} is not what DeepSpeed accepts: {reason}") from error
+        raise UserError(f"deepspeed: DeepSpeed rejects {path}: {reason}") from error

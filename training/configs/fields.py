@@ -1,4 +1,4 @@
-"""The fields of a training run: dataclasses with the meaning of each field, and a type that says which values it accepts.
+"""The fields of a training run: dataclasses that document each field; its type defines the accepted values.
 
 training/configs/parser.py reads them from YAML files and the command line.
 """
@@ -30,7 +30,7 @@ RESUME_AUTO, RESUME_NEVER = "auto", "never"
 
 @checked
 class TinyVlmConfig:
-    """A tiny random Qwen2-VL, built from these sizes where ``vlm.path`` is not given.
+    """A tiny random Qwen2-VL with these sizes, used when ``vlm.path`` is not given.
 
     Args:
         hidden_size: D.
@@ -38,10 +38,10 @@ class TinyVlmConfig:
         num_attention_heads: H.
         num_key_value_heads: G; divides H.
         intermediate_size: width of the MLPs.
-        initializer_range: standard deviation of the random weights. At the usual 0.02 a random frozen VLM tells prompts apart
+        initializer_range: standard deviation of the random weights. With the usual 0.02 a random frozen VLM separates prompts
             too weakly to condition on.
         vocab_size: upper bound of the vocabulary that its tokenizer learns from the prompts.
-        seed: of the random weights.
+        seed: seed of the random weights.
     """
 
     hidden_size: PositiveInt = 128
@@ -55,7 +55,7 @@ class TinyVlmConfig:
 
     def __post_init__(self):
         heads, shared = self.num_attention_heads, self.num_key_value_heads
-        if self.hidden_size % (4 * heads):  # the 2D rotary embedding turns quarters of a head
+        if self.hidden_size % (4 * heads):  # the 2D rotary embedding rotates quarters of a head
             raise UserError(
                 f"hidden_size: got {self.hidden_size}; accepted: multiples of 4 x num_attention_heads {heads}"
             )
@@ -68,11 +68,11 @@ class VlmConfig:
     """The vision-language model.
 
     Args:
-        path: folder or hub id of a Qwen2-VL or Qwen2.5-VL checkpoint; null builds the tiny one.
+        path: folder or hub id of a Qwen2-VL or Qwen2.5-VL checkpoint; null builds the tiny VLM.
         tiny: sizes of the tiny VLM.
-        context_cache: for a frozen VLM, of which prompts the context is kept on the device: all; lru, the most recently used;
-            none; auto, all when they fit into context_cache_gib, else lru. Losses are the same with each.
-        context_cache_gib: memory for it, a GPU.
+        context_cache: with a frozen VLM, the prompts whose context is kept on the device: all; lru, the most recently used;
+            none; auto, all if they fit into context_cache_gib, otherwise lru. Losses do not depend on it.
+        context_cache_gib: memory for the context cache in GiB per GPU.
     """
 
     path: OptionalPath = None
@@ -87,10 +87,10 @@ class CodecConfig:
 
     Args:
         kind: pixel, an invertible rearrangement of pixels; dc-ae, diffusers' AutoencoderDC.
-        path: folder or hub id of the autoencoder, for dc-ae; null takes the preset's.
-        preset: a published DC-AE by name; its scaling factor is checked against the checkpoint that is loaded.
-        scaling_factor: what latents are multiplied by; checked against the checkpoint's. Null takes the checkpoint's.
-        patch: side in pixels of one latent position, for pixel; 1 is the identity.
+        path: folder or hub id of the autoencoder (dc-ae only); null uses the preset's.
+        preset: a published DC-AE by name; its scaling factor is checked against the loaded checkpoint.
+        scaling_factor: factor applied to the latents; checked against the checkpoint's. Null uses the checkpoint's.
+        patch: side of one latent position in pixels (pixel only); 1 is the identity.
     """
 
     kind: Literal["pixel", "dc-ae"] = "dc-ae"
@@ -105,23 +105,23 @@ class DataConfig:
     """The training images and their prompts.
 
     Args:
-        dataset: digits, scikit-learn's handwritten digits (8x8 grey); imagefolder, a folder a class (ImageNet's layout) or a
-            folder with a metadata.jsonl of captions; parquet, files with an image column; webdataset, tar files; saved, a folder
+        dataset: digits, scikit-learn's handwritten digits (8x8 grey); imagefolder, one folder per class (ImageNet's layout) or a
+            folder with captions in metadata.jsonl; parquet, files with an image column; webdataset, tar files; saved, a folder
             written by datasets' save_to_disk; latents, a folder written by tools/encode_latents.py. See docs/data.md.
-        path: file or folder of the data, for all but digits.
-        image_column: name of the column of images; auto takes "image", or the only one.
-        text_column: name of the column of captions or classes; auto takes the first there is of text, caption, txt, label, cls.
-        class_names: what classes are called in prompts: imagenet-1k, or a text file with a name a line or with lines
+        path: file or folder of the data; required except for digits.
+        image_column: name of the image column; auto uses "image", or the only image column.
+        text_column: name of the caption or class column; auto uses the first that exists of text, caption, txt, label, cls.
+        class_names: class names for prompts: imagenet-1k, or a text file with one name per line or with lines
             "FOLDER name", such as LOC_synset_mapping.txt. Null: ImageNet's names for its 1000 folders, otherwise the data's own.
-        max_broken_fraction: up to which fraction of all images may be broken; such are logged and replaced by the next good one.
-        resolution: side of the square images in pixels; pictures of other sizes are scaled and cropped to the middle as ADM does.
+        max_broken_fraction: largest accepted fraction of broken images; each is logged and replaced by the next good one.
+        resolution: side of the square images in pixels; images of other sizes are resized and center-cropped as in ADM.
         prompt_template: the user message; {} stands for the class name or the caption.
         null_prompt: the user message of the null condition of classifier-free guidance.
-        max_prompt_tokens: longer prompts lose their end; every context is as long as the longest prompt.
+        max_prompt_tokens: longer prompts are truncated at the end; all contexts are padded to the longest prompt.
         condition_drop: fraction of samples whose prompt is replaced by the null prompt (paper: 0.1).
         horizontal_flip: whether half of the images are mirrored.
-        num_workers: processes a rank that prepare batches; 0 prepares them in the training process.
-        allow_changed: go on with a run although its data have changed since it was started; data.json then lists both.
+        num_workers: data worker processes per rank; 0 prepares batches in the training process.
+        allow_changed: resume a run even if its data changed since it was started; data.json then lists both versions.
     """
 
     dataset: Literal["digits", "imagefolder", "parquet", "webdataset", "saved", "latents"] = "digits"
@@ -147,10 +147,10 @@ class OptimizerConfig:
     Args:
         lr: learning rate after warm-up, constant (paper: 5e-4).
         betas: AdamW's decay rates of the moments.
-        weight_decay: on weight matrices; norms, biases, modulation and gates have none.
-        grad_clip: largest norm of the gradient; 0 turns clipping off.
+        weight_decay: weight decay of weight matrices; norms, biases, modulation and gates have none.
+        grad_clip: maximum gradient norm; 0 disables clipping.
         warmup_steps: steps over which the learning rate grows linearly to lr.
-        ema_decay: decay of the exponential moving average that is sampled and evaluated; early steps use less, see ema.py.
+        ema_decay: decay of the exponential moving average that is sampled and evaluated; lower in early steps, see optimizer.py.
     """
 
     lr: PositiveFloat = 5e-4
@@ -171,10 +171,10 @@ class CheckpointConfig:
     """Checkpoints.
 
     Args:
-        every: steps between two checkpoints; one is always written at the end.
-        keep_last: how many of the newest are kept; 0 keeps all.
-        keep_every: checkpoints of steps that are multiples of it are kept for good; 0 for none.
-        asynchronous: whether training goes on while a checkpoint is written; the host's memory then holds a copy of the state.
+        every: steps between checkpoints; one is always written at the end.
+        keep_last: number of newest checkpoints to keep; 0 keeps all.
+        keep_every: checkpoints at multiples of this step are never deleted; 0 disables this.
+        asynchronous: whether training continues while a checkpoint is written; host memory then holds a copy of the state.
     """
 
     every: PositiveInt = 5000
@@ -185,13 +185,14 @@ class CheckpointConfig:
 
 @checked
 class HealthConfig:
-    """What is watched while a run trains.
+    """Health checks of a running training.
 
     Args:
-        max_skipped_steps: so many steps in a row whose loss or gradient is not finite end the run; fewer are skipped and counted.
-        spike_ratio: a step whose loss is more than so many times the median of the steps before is reported as a spike.
-        spike_window: how many steps the median is over.
-        hang_minutes: a run in which a rank has not moved on for so long ends and says which, and where it stands.
+        max_skipped_steps: the run fails after this many consecutive steps with a non-finite loss or gradient; fewer are skipped
+            and counted.
+        spike_ratio: a step whose loss exceeds this many times the median of the preceding steps is reported as a spike.
+        spike_window: number of steps the median is taken over.
+        hang_minutes: if a rank makes no progress for this long, the run exits and reports which rank hangs and where.
     """
 
     max_skipped_steps: PositiveInt = 10
@@ -201,7 +202,7 @@ class HealthConfig:
 
     @property
     def patience(self) -> timedelta:
-        """How long a collective may take. Longer than the watchdog waits: it says who hangs, a collective's timeout does not."""
+        """Timeout of collectives. Longer than the watchdog's, which reports who hangs; a collective's timeout does not."""
         return timedelta(minutes=self.hang_minutes + 10)
 
 
@@ -210,8 +211,8 @@ class LoggingConfig:
     """metrics.jsonl and TensorBoard.
 
     Args:
-        every: steps between two logged ones; losses are averaged over the steps in between.
-        timestep_bins: into how many equal bins of tau the loss is split.
+        every: steps between log entries; losses are averaged over the steps in between.
+        timestep_bins: number of equal bins of tau that the loss is reported for.
     """
 
     every: PositiveInt = 50
@@ -223,12 +224,12 @@ class SampleConfig:
     """The fixed-seed sample grid drawn from the averaged weights during training.
 
     Args:
-        every: steps between two grids; one is always drawn at the end. 0 draws none.
-        num_images: images in a grid; they run through the first prompts evenly.
-        num_steps: steps of the sampler (paper: 40).
-        cfg_scale: classifier-free guidance; 1 is none (paper: 5).
+        every: steps between grids; one is always drawn at the end. 0 draws none.
+        num_images: images in a grid, one per prompt in order, starting over after the last prompt.
+        num_steps: sampling steps (paper: 40).
+        cfg_scale: classifier-free guidance scale; 1 disables guidance (paper: 5).
         solver: euler or heun.
-        seed: of the grid's noise.
+        seed: seed of the grid's noise.
     """
 
     every: NonNegativeInt = 5000
@@ -236,12 +237,12 @@ class SampleConfig:
     num_steps: PositiveInt = 40
     cfg_scale: Real = 5.0
     solver: Literal["euler", "heun"] = "euler"
-    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0  # with the picture's number it makes 64 bits
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0  # 64 bits together with the image's index
 
 
 @checked
 class NetworkConfig:
-    __doc__ = LatteFlowConfig.__doc__  # the fields are its own, and so are the checks of their values
+    __doc__ = LatteFlowConfig.__doc__  # the same fields; LatteFlowConfig also checks their values
 
     variant: Literal["couple", "blend"] = "couple"
     shared_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
@@ -266,21 +267,21 @@ class TrainingConfig:
     """A training run.
 
     Args:
-        output_dir: where everything is written; the same command again resumes what is there.
-        deepspeed: DeepSpeed's JSON configuration; its "auto" fields are filled from here.
-        resume: auto, go on from the newest valid checkpoint of output_dir; never, refuse an output_dir that has checkpoints; or a
-            checkpoint of another run, which a new output_dir starts from.
-        init_from: weights of any format (docs/checkpoints.md), of the same network, that a new run starts from at step 0; of a
-            checkpoint its averaged ones. Null: the VLM's weights and random ones.
-        seed: of everything random; each draw depends on the seed and the sample's global index alone.
+        output_dir: folder for all output; running the same command again resumes the run in it.
+        deepspeed: DeepSpeed's JSON configuration; its "auto" fields are filled from this configuration.
+        resume: auto, resume from the newest valid checkpoint of output_dir; never, reject an output_dir that has checkpoints; or
+            a checkpoint of another run to start a new output_dir from.
+        init_from: weights in any format (docs/checkpoints.md) of the same network to start a new run from at step 0; from a
+            checkpoint, the averaged weights. Null: the VLM's weights and random ones.
+        seed: seed of all randomness; each random number depends only on it and the sample's global index.
         max_steps: optimizer steps of the whole run.
         global_batch_size: samples per optimizer step over all ranks.
         micro_batch_size: samples per rank and forward pass; a multiple of the number of groups. Null: the largest that needs
             no gradient accumulation.
-        tensor_parallel: how many ranks share the heads and hidden units of every layer and train the same samples; it divides the
-            number of ranks and what is shared. With ZeRO stages 1 and 2. See docs/train.md.
-        groups_per_sample: 1, each sample trains one group, samples dealt evenly (stratified); all, every sample trains every
-            group at its own timestep, K times the work.
+        tensor_parallel: number of ranks that split the heads and hidden units of every layer and train the same samples; must
+            divide the number of ranks, the heads and the hidden units. With ZeRO stages 1 and 2 only. See docs/train.md.
+        groups_per_sample: 1, each sample trains one group, assigned evenly (stratified); all, every sample trains every group at
+            its own timestep, which takes K times the compute.
         precision: bf16, weights and activations in bfloat16 with float32 master weights; fp32.
     """
 
@@ -308,14 +309,14 @@ class TrainingConfig:
 
 @checked
 class Assumptions:
-    """What a dry run cannot count.
+    """Assumptions of a dry run: what it cannot count.
 
     Args:
         gpus: number of ranks.
         peak_tflops: peak of one GPU, TFLOP/s (dense bf16 of an H100 or H200: 989.5).
-        utilisation: share of the peak that training reaches.
-        num_prompts: distinct prompts, the null prompt included (ImageNet-1k: 1001).
-        prompt_tokens: tokens of a prompt in the chat format.
+        utilisation: fraction of the peak that training reaches.
+        num_prompts: number of distinct prompts, including the null prompt (ImageNet-1k: 1001).
+        prompt_tokens: tokens per prompt in the chat format.
     """
 
     gpus: PositiveInt = 8

@@ -1,4 +1,4 @@
-"""The configuration that a run keeps of itself: written, read again, and compared with the command that resumes it."""
+"""The saved configuration of a run: writing, reading, and comparing it with the command that resumes the run."""
 
 import dataclasses
 import re
@@ -12,25 +12,25 @@ from latte_flow.training.durable import write_durably
 from latte_flow.training.errors import UserError
 
 CONFIG_FILE = "config.yaml"
-"""Of an output_dir: the fully resolved configuration."""
+"""File in an output_dir: the fully resolved configuration."""
 
 
 def load_config(path: Path) -> TrainingConfig:
     """Read the fully resolved configuration of a run, written by ``save_config``.
 
     Raises:
-        UserError: when the file is missing or is no training configuration.
+        UserError: when the file is missing or is not a training configuration.
     """
     if not path.is_file():
         raise UserError(f"{path}: not found; accepted: the config.yaml of a training output_dir")
     try:
         return parse_config(["--config", str(path)])
-    except UserError as error:  # the command line that is being parsed names another file, or none
+    except UserError as error:  # the error names no file
         raise UserError(f"{path}: {error}") from error
 
 
 def save_config(config: TrainingConfig, path: Path) -> None:
-    """Write every field with its value as YAML; the file is replaced as a whole."""
+    """Write every field with its value as YAML; the file is replaced atomically."""
     write_durably(path, to_yaml(config).encode())
 
 
@@ -40,7 +40,7 @@ def to_yaml(config: TrainingConfig) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that is not plainly one: readers of YAML disagree on what 0E0 is."""
+    """Quotes every string that does not start with a letter or a slash: YAML parsers disagree on what 0E0 is."""
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
@@ -50,7 +50,7 @@ def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
 _Dumper.add_representer(str, _represent_text)
 
 
-# What may differ between a run and its resumption: how long, how often it is logged, and how it is spread over machines.
+# What may change on resume: the length of the run, logging and saving, and the distribution over machines.
 RESUMABLE_CHANGES = (
     "output_dir",
     "deepspeed",
@@ -71,7 +71,7 @@ RESUMABLE_CHANGES = (
 
 
 def differences(saved: TrainingConfig, current: TrainingConfig) -> list[str]:
-    """Return one line a field that differs between a saved run and the command that resumes it and may not."""
+    """Return one line per field that differs between a saved run and the command resuming it but must not."""
 
     def flatten(tree: dict, prefix: str = "") -> dict:
         flat: dict[str, object] = {}

@@ -1,1 +1,1 @@
-"""What watches a run: metrics, health, stragglers, hung ranks, stop requests, sample grids."""
+"""Monitoring of a run: metrics, health, stragglers, hung ranks, stop requests, sample grids."""

@@ -1,7 +1,7 @@
-"""Whether the training is well: steps that had to be skipped, and losses that jump.
+"""Training health: skipped steps and loss spikes.
 
-DeepSpeed leaves the weights as they are when a gradient is not finite, on all ranks alike. Here such steps are counted, their
-samples named, and a row of them ends the run.
+If a gradient is not finite, DeepSpeed skips the update on all ranks. This module counts such steps and reports their samples;
+too many consecutive ones end the run.
 """
 
 import statistics
@@ -15,19 +15,19 @@ from latte_flow.training.configs.fields import HealthConfig
 from latte_flow.training.distributed.collectives import gather
 
 MIN_HISTORY = 20
-"""Steps before the first loss is compared with a median."""
+"""Number of losses before the first comparison with their median."""
 
 
 class StepHealth:
-    """Follows the steps of a run. Losses stay on the device until ``report``; only a skipped step makes ranks talk at once.
+    """Tracks the steps of a run. Losses stay on the device until ``report``; only a skipped step communicates immediately.
 
     Args:
         config: limits.
-        global_batch_size: samples of a step.
-        group: the ranks that have other samples than this one, and this one; None for all ranks.
+        global_batch_size: samples per step.
+        group: the data-parallel group of this rank; None for all ranks.
 
     Attributes:
-        skipped_in_a_row: how many of the newest steps were skipped.
+        skipped_in_a_row: number of consecutive skipped steps up to now.
     """
 
     def __init__(self, config: HealthConfig, global_batch_size: int, group: dist.ProcessGroup | None = None):
@@ -36,25 +36,24 @@ class StepHealth:
         self.group = group
         self.skipped_in_a_row = 0
         self._skipped: list[dict] = []  # since the last report
-        self._sums: list[
-            tuple[int, Tensor]
-        ] = []  # (step, this rank's [sum, count] of losses), not yet added over ranks
+        # (step, this rank's [sum, count] of losses), not yet summed over ranks
+        self._sums: list[tuple[int, Tensor]] = []
         self._losses: list[tuple[int, float]] = []  # (step, mean loss over all ranks) since the last report
         self._history: deque[float] = deque(maxlen=config.spike_window)
 
     def step_done(self, step: int, losses: Tensor) -> None:
-        """Note a step, counted from 1, that updated the weights, and the losses [rows] of this rank's samples."""
+        """Record a step (counted from 1) that updated the weights, with the losses [rows] of this rank's samples."""
         self.skipped_in_a_row = 0
         values = losses.detach().double()
         self._sums.append((step, torch.stack([values.sum(), torch.ones_like(values).sum()])))
 
     def step_skipped(self, step: int, losses: Tensor, sample_indices: Tensor) -> dict:
-        """Note a step that was skipped and return what metrics.jsonl will say of it. Collective.
+        """Record a skipped step and return its entry in metrics.jsonl. Collective.
 
         Args:
             step: counted from 1.
-            losses: of this rank's samples [rows].
-            sample_indices: global ones [rows].
+            losses: losses of this rank's samples [rows].
+            sample_indices: their global indices [rows].
         """
         self.skipped_in_a_row += 1
         mine = sorted(set(sample_indices[~torch.isfinite(losses)].tolist()))
@@ -68,11 +67,11 @@ class StepHealth:
         return entry
 
     def report(self) -> dict:
-        """Return what metrics.jsonl says of the steps since the last report. Collective.
+        """Return the metrics.jsonl entries for the steps since the last report. Collective.
 
         Returns:
-            ``loss_spike_ratio``, the largest loss over the median of the steps before it (absent while there are too few steps);
-            ``loss_spikes`` and ``skipped``, lists of the steps concerned, absent when there are none.
+            ``loss_spike_ratio``, the largest ratio of a loss to the median of the steps before it (absent while there are too few
+            steps); ``loss_spikes`` and ``skipped``, lists of the affected steps, absent when empty.
         """
         self._add_over_ranks()
         ratios, spikes = [], []
@@ -89,10 +88,10 @@ class StepHealth:
         return report
 
     def state_dict(self, *, forget_skipped: int = 0) -> dict:
-        """Return what a resumed run needs to report the same, on any number of ranks. Collective.
+        """Return the state from which a resumed run reports the same values, on any number of ranks. Collective.
 
         Args:
-            forget_skipped: leave out so many of the newest steps, all of which were skipped.
+            forget_skipped: number of newest steps, all of them skipped, to leave out.
         """
         self._add_over_ranks()
         kept = max(len(self._skipped) - forget_skipped, 0)  # some may have been reported already
@@ -104,7 +103,7 @@ class StepHealth:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Take back ``state_dict``."""
+        """Restore the state returned by ``state_dict``."""
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self._skipped = list(state["skipped"])
         self._losses = [(step, loss) for step, loss in state["losses"]]

@@ -1,7 +1,7 @@
-"""Whether the launcher of this rank is still there.
+"""Detects that the launcher of this rank is gone.
 
-A launcher that is killed (SIGKILL, or SIGTERM and SIGHUP to ``deepspeed``, which passes neither on) leaves its ranks training.
-They would train on beside the run that the same command starts again.
+The ranks of a killed launcher (SIGKILL, or SIGTERM and SIGHUP to ``deepspeed``, which forwards neither) keep training. They would
+run concurrently with the run that the same command starts again.
 """
 
 import os
@@ -12,20 +12,20 @@ from pathlib import Path
 
 LOOK_SECONDS = 1.0
 DEEPSPEED_NODE_LAUNCHER = b"deepspeed.launcher.launch"
-"""The process of a node that ``deepspeed`` starts, and that starts the ranks. It outlives the runner above it."""
+"""The process that ``deepspeed`` starts on each node to start the ranks. It outlives the runner above it."""
 
 
 def _parent(pid: int) -> int | None:
-    """Return the parent of a process; None when it is gone, or where there is no /proc."""
+    """Return the parent of a process, or None if it is gone or there is no /proc."""
     try:
-        # After the name in brackets, which may hold anything: the state, then the parent.
+        # After the name in parentheses, which may contain any character: the state, then the parent.
         return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
     except (OSError, ValueError, IndexError):
         return None
 
 
 def launchers() -> list[tuple[int, int]]:
-    """Return (process, its parent) for this rank, and for DeepSpeed's launcher of the node above it if there is one."""
+    """Return (process, its parent) for this rank and, if it has one, for DeepSpeed's node launcher above it."""
     own = os.getppid()
     pairs = [(os.getpid(), own)]
     try:
@@ -42,8 +42,8 @@ def watch_launcher(lost: Callable[[], None], *, every: float = LOOK_SECONDS) -> 
     """Call ``lost`` once, from a thread, when a launcher above this rank has ended: its child then has another parent.
 
     Args:
-        lost: takes the rank's request to stop.
-        every: seconds between two looks.
+        lost: requests the rank to stop.
+        every: seconds between checks.
     """
     pairs = launchers()
 

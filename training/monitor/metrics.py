@@ -1,4 +1,4 @@
-"""What a run reports: losses by group and timestep, gradient norms, gates, throughput; to metrics.jsonl and TensorBoard."""
+"""Metrics of a run (losses by group and timestep, gradient norms, gates, throughput), logged to metrics.jsonl and TensorBoard."""
 
 import json
 import math
@@ -16,22 +16,22 @@ from latte_flow.training.distributed.zero import gradient_norms
 
 
 class LossMeter:
-    """Sums losses on the device between two logged steps: in all, per group, and per bin of tau. No host synchronisation.
+    """Sums losses on the device between two logged steps: in total, per group and per bin of tau. No host synchronisation.
 
-    The sums are this rank's own; ``compute`` adds those of all ranks that train samples of their own.
+    The sums are local to this rank; ``compute`` reduces them over the data-parallel group.
 
     Args:
         num_groups: K.
-        timestep_bins: how many bins tau has.
-        device: of the losses.
-        group: the ranks that have other samples than this one, and this one; None for all ranks.
+        timestep_bins: number of bins of tau.
+        device: device of the losses.
+        group: the data-parallel group of this rank; None for all ranks.
     """
 
     def __init__(
         self, num_groups: int, timestep_bins: int, device: torch.device, group: dist.ProcessGroup | None = None
     ):
         self.num_groups, self.timestep_bins, self.group = num_groups, timestep_bins, group
-        # Rows: sum, count. Columns: groups, then bins. float64, so that the order of additions does not show.
+        # Rows: sum, count. Columns: groups, then bins. float64, so that the order of additions does not matter.
         self.totals = torch.zeros(2, num_groups + timestep_bins, dtype=torch.float64, device=device)
 
     def update(self, losses: Tensor, groups: Tensor, timesteps: Tensor) -> None:
@@ -43,7 +43,7 @@ class LossMeter:
         self.totals[1].index_add_(0, columns, torch.ones_like(columns, dtype=torch.float64))
 
     def compute(self) -> dict[str, float]:
-        """Return the mean losses over all ranks since the last call, and start again; NaN where there were none. Collective."""
+        """Return the mean losses over all ranks since the last call (``loss``: NaN if there were none) and reset. Collective."""
         totals = self.totals.clone()
         if dist.is_initialized():
             dist.all_reduce(totals, group=self.group)
@@ -59,13 +59,13 @@ class LossMeter:
         return metrics
 
     def state_dict(self) -> list[list[list[float]]]:
-        """Return every rank's sums, so that a run stopped between two logged steps reports the same means. Collective."""
+        """Return the sums of all ranks, so that a run resumed between two logged steps reports the same means. Collective."""
         gathered = [torch.zeros_like(self.totals) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(gathered, self.totals, self.group)
         return [totals.tolist() for totals in gathered]
 
     def load_state_dict(self, state: list) -> None:
-        """Take back this rank's sums; with another number of ranks the first one takes them all, with other bins none does."""
+        """Restore this rank's sums. If the number of ranks changed, rank 0 takes all of them; if the bins changed, drop them."""
         totals = torch.tensor(state, dtype=torch.float64)
         if totals.shape[1:] != self.totals.shape:  # logging.timestep_bins has changed
             return
@@ -76,11 +76,11 @@ class LossMeter:
 
 
 def expert_gradient_norms(engine, group_labels: list[str]) -> dict[str, Tensor]:
-    """Return the gradient's norm per label, before clipping, over all ranks. Collective; call it between backward and step.
+    """Return the gradient norm per label before clipping, over all ranks. Collective; call it between backward and step.
 
     Args:
         engine: a DeepSpeed engine with ZeRO, at a gradient accumulation boundary.
-        group_labels: the label of each of the optimizer's parameter groups; groups of one label are added.
+        group_labels: the label of each optimizer parameter group; groups with the same label are combined.
     """
     squares: dict[str, Tensor] = {}
     for index, norm in gradient_norms(engine.optimizer):
@@ -90,12 +90,12 @@ def expert_gradient_norms(engine, group_labels: list[str]) -> dict[str, Tensor]:
 
 
 class MetricsWriter:
-    """Writes logged steps to metrics.jsonl (one JSON object a line) and TensorBoard. Only rank 0 has one.
+    """Writes logged steps to metrics.jsonl (one JSON object per line) and TensorBoard. Only rank 0 has one.
 
     Args:
-        output_dir: the run's.
-        resumed_step: what was logged after this step, by a run that went on beyond its last checkpoint, is dropped: it is about
-            to be computed again.
+        output_dir: the output_dir of the run.
+        resumed_step: entries after this step, logged by a run that continued beyond its last checkpoint, are dropped because the
+            steps are computed again.
     """
 
     def __init__(self, output_dir: Path, resumed_step: int):
@@ -113,13 +113,13 @@ class MetricsWriter:
         try:
             return json.loads(line)["step"] <= resumed_step
         except (ValueError, KeyError, TypeError) as error:
-            print(f"{self.path}: a damaged line is left out ({error}): {line[:80]!r}", flush=True)
+            print(f"{self.path}: a damaged line is dropped ({error}): {line[:80]!r}", flush=True)
             return False
 
     def scalars(self, step: int, metrics: dict) -> None:
-        """Log one step's numbers; what is no number, such as a list of events, goes to metrics.jsonl only.
+        """Log one step's metrics; values that are not numbers, such as lists of events, go to metrics.jsonl only.
 
-        Numbers that are not finite become null: JSON has no others.
+        Non-finite numbers become null, because JSON cannot represent them.
         """
         entry = {"step": step} | {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -138,7 +138,7 @@ class MetricsWriter:
             self.writer.add_histogram(f"gate/layer_{layer:02d}", values.flatten().cpu(), step)
 
     def image(self, step: int, name: str, pixels) -> None:
-        """Log a picture, an array [height, width] or [height, width, 3] of bytes."""
+        """Log an image, a uint8 array [height, width] or [height, width, 3]."""
         self.writer.add_image(name, pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC")
 
     def text(self, name: str, text: str) -> None:
@@ -146,16 +146,16 @@ class MetricsWriter:
         self.writer.add_text(name, "\n".join("    " + line for line in text.splitlines()))
 
     def flush(self) -> None:
-        """Write out what is buffered."""
+        """Write buffered events."""
         self.writer.flush()
 
     def close(self) -> None:
-        """Write out what is buffered and close the files."""
+        """Write buffered events and close the files."""
         self.writer.close()
 
 
 def _tensorboard_tag(name: str) -> str:
-    """Put related numbers on one card: loss_group_0 becomes loss_per_group/0."""
+    """Group related metrics on one TensorBoard card: loss_group_0 becomes loss_per_group/0."""
     for prefix, card in (
         ("loss_group_", "loss_per_group/"),
         ("loss_tau_", "loss_per_timestep/"),

@@ -1,10 +1,10 @@
-"""Stopping a run in the middle so that it can go on later.
+"""Stopping a run early so that it can be resumed later.
 
-A stop is requested by SIGTERM or SIGUSR1 to any rank's process, by the end of its launcher (launcher.py), or by a file
-``output_dir/stop`` that a batch script or a person touches. All ranks agree on the request after every optimizer step, save a
-checkpoint of that step and end with EXIT_STOPPED; ``output_dir/requeue`` then names the SLURM job, if any, that wants to be
-started again. Batch scripts go by that file, not by the exit code, which launchers replace by their own: torchrun ends with 1,
-and ``deepspeed`` does not pass signals on, but the stop file works under every launcher.
+A stop is requested by SIGTERM or SIGUSR1 to the process of any rank, by the end of its launcher (launcher.py), or by a file
+``output_dir/stop`` created by a batch script or a person. All ranks agree on the request after every optimizer step, save a
+checkpoint of that step and exit with EXIT_STOPPED; ``output_dir/requeue`` then names the SLURM job to requeue, if any. Batch
+scripts check that file, not the exit code, because launchers replace it: torchrun exits with 1. ``deepspeed`` does not forward
+signals, but the stop file works under every launcher.
 """
 
 import os
@@ -24,24 +24,24 @@ from latte_flow.training.monitor.launcher import watch_launcher
 STOP_FILE = "stop"
 REQUEUE_FILE = "requeue"
 REQUESTS_SINCE = "LATTE_FLOW_REQUESTS_SINCE"
-"""Variable of a batch script: stop files older than this time (seconds since 1970) were meant for an earlier start."""
+"""Environment variable set by a batch script: stop files older than this time (Unix seconds) were meant for an earlier start."""
 EXIT_STOPPED = os.EX_TEMPFAIL
 REPEAT_SECONDS = 2.0
-"""A signal that comes again within this time is the same request: srun, a launcher and the kernel may each deliver it."""
+"""A signal repeated within this time is the same request: srun, a launcher and the kernel may each deliver it."""
 
 
 class StopRequest:
-    """Whether this run was asked to stop; installs the signal handlers. Its methods are collective.
+    """Tracks whether this run was asked to stop; installs the signal handlers. Its methods are collective.
 
-    A second signal ends the process at once with 128 + its number. So that this works while the main thread waits inside a
-    collective operation, where Python runs no signal handler, a thread reads the signals from Python's wake-up pipe.
+    A second signal ends the process immediately with 128 + its number. Python runs no signal handlers while the main thread waits
+    inside a collective, so a thread reads the signals from Python's wake-up pipe.
 
     Args:
-        output_dir: the run's; rank 0 looks for the stop file there, and removes the marker of an earlier stop.
-        device: of the flag that is reduced over the ranks.
+        output_dir: output_dir of the run; rank 0 checks for the stop file there and removes the marker of an earlier stop.
+        device: device of the flag that is reduced over the ranks.
 
     Raises:
-        ValueError: outside the main thread, where Python installs no signal handlers.
+        ValueError: outside the main thread, where Python cannot install signal handlers.
     """
 
     def __init__(self, output_dir: Path, device: torch.device):
@@ -62,7 +62,7 @@ class StopRequest:
         self._pipe, pipe_end = os.pipe()
         os.set_blocking(pipe_end, False)
         for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: None)  # a Python handler is what makes the signal appear in the pipe
+            signal.signal(number, lambda *_: None)  # signals appear in the pipe only if they have a Python handler
         signal.set_wakeup_fd(pipe_end, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="stop signals", daemon=True).start()
         watch_launcher(self._launcher_lost)
@@ -70,11 +70,11 @@ class StopRequest:
     def poll(self, *, wait: bool = False) -> bool:
         """Return whether any rank was asked to stop, the same on all ranks. Call it after every optimizer step.
 
-        On a GPU the answer is that of the ranks' flags at the call before: reading the newest one would make the host wait for
-        all work queued on the device.
+        On a GPU the result is the one reduced at the previous call: reading the newest one would make the host wait for all work
+        queued on the device.
 
         Args:
-            wait: wait for the newest answer, after something long such as drawing samples.
+            wait: wait for the newest result, after long work such as drawing samples.
         """
         asked = self._signalled_at is not None or (self._is_first_rank and self.stop_file.exists())
         if self._copied is not None:
@@ -89,13 +89,13 @@ class StopRequest:
         return self._stopped
 
     def finish(self, *, stopped: bool) -> None:
-        """Leave or remove the marker file, and take the stop file away.
+        """Write or remove the marker file, and remove the stop file.
 
-        Call it when the last checkpoint is committed. It ends with a barrier: a launcher that sees the first rank end sends
-        signals to the others.
+        Call it after the last checkpoint is committed. It ends with a barrier, because a launcher signals the other ranks when it
+        sees rank 0 exit.
 
         Args:
-            stopped: whether the run ends because of a request and wants to be started again.
+            stopped: whether the run ends because of a request and should be requeued.
         """
         if self._is_first_rank:
             if stopped:
@@ -110,17 +110,17 @@ class StopRequest:
             self._copied.synchronize()
         self._stopped = self._stopped or bool(self._answer.item())
         if self._stopped and self._is_first_rank:
-            self.stop_file.unlink(missing_ok=True)  # the next start, whatever this one comes to, is not asked to stop
+            self.stop_file.unlink(missing_ok=True)  # so that it cannot stop the next start, however this one ends
 
     def _launcher_lost(self) -> None:
         if self._signalled_at is None:
             self._signalled_at = time.monotonic()
             message = "the launcher of this rank has ended: stopping after this step"
-            with suppress(OSError, ValueError):  # the terminal may have gone with it
+            with suppress(OSError, ValueError):  # the terminal may be gone with it
                 print(message, file=sys.stderr, flush=True)
 
     def _listen(self) -> None:
-        """Read signal numbers as they come; signals that others handle in Python appear in the pipe too."""
+        """Read signal numbers as they arrive; signals with other Python handlers appear in the pipe too."""
         while byte := os.read(self._pipe, 1):
             number = byte[0]
             if number not in STOP_SIGNALS:
@@ -129,6 +129,8 @@ class StopRequest:
             if self._signalled_at is None:
                 self._signalled_at = now
                 name = signal.Signals(number).name
-                print(f"{name}: stopping after this step; again: leaving at once", file=sys.stderr, flush=True)
+                print(
+                    f"{name}: stopping after this step; send it again to exit immediately", file=sys.stderr, flush=True
+                )
             elif now - self._signalled_at > REPEAT_SECONDS:
                 os._exit(128 + number)

@@ -1,6 +1,6 @@
-"""Progress bars: redrawn in place in a terminal, a line a minute in a log.
+"""Progress bars: redrawn in place in a terminal, one line per minute in a log.
 
-A bar that redraws itself writes a carriage return a second; in the log of a long job that is megabytes on one line.
+A bar that redraws itself writes a carriage return every second; in the log of a long job that makes one line of megabytes.
 """
 
 import os
@@ -14,7 +14,7 @@ import transformers
 from tqdm import tqdm
 
 LINE_SECONDS = 60.0
-"""At most one line of a bar in this many seconds, where the stream is no terminal."""
+"""Minimum interval between lines of a bar on a stream that is not a terminal."""
 LINE_FORMAT = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
@@ -22,10 +22,10 @@ def progress_bar(iterable: Iterable | None = None, *, stream: TextIO | None = No
     """Return a progress bar on a stream.
 
     Args:
-        iterable: what the bar wraps, if anything.
-        stream: default: standard error. Where it is no terminal, the bar writes whole lines: its start, one every
-            ``LINE_SECONDS`` and its end.
-        options: tqdm's. In a log ``desc`` and a length are needed.
+        iterable: the iterable to wrap, if any.
+        stream: default: standard error. If it is not a terminal, the bar writes whole lines: at its start, every
+            ``LINE_SECONDS`` and at its end.
+        options: passed to tqdm. ``desc`` and a length are required in a log.
     """
     stream = sys.stderr if stream is None else stream
     if stream.isatty():
@@ -34,19 +34,19 @@ def progress_bar(iterable: Iterable | None = None, *, stream: TextIO | None = No
 
 
 def hide_library_bars() -> None:
-    """Turn off the bars of transformers ("Loading weights"), diffusers, datasets and the hub where stderr is no terminal."""
+    """Disable the bars of transformers ("Loading weights"), diffusers, datasets and the hub if stderr is not a terminal."""
     if sys.stderr.isatty():
         return
     transformers.utils.logging.disable_progress_bar()  # the hub's too
     diffusers.utils.logging.disable_progress_bar()
-    # datasets takes a second to import and reads this when it is imported.
+    # datasets takes a second to import and reads this at import time.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if "datasets" in sys.modules and os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "1":
         sys.modules["datasets"].disable_progress_bars()
 
 
 class _Lines:
-    """A stream for tqdm that keeps the newest state of the bar and writes it as a line when one is due, and at the end."""
+    """A stream for tqdm that keeps the latest state of the bar and writes it as a line when one is due, and at the end."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -54,7 +54,7 @@ class _Lines:
         self._due = monotonic()
 
     def write(self, text: str) -> None:
-        """Take what tqdm writes: a carriage return and the bar, or the newline that ends it."""
+        """Handle output of tqdm: a carriage return and the bar, or the final newline."""
         self._state = text.strip() or self._state
         if self._state and (text.endswith("\n") or monotonic() >= self._due):
             self._stream.write(f"{self._state}\n")

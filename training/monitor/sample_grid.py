@@ -1,4 +1,4 @@
-"""The fixed-seed sample grid that a run draws of itself."""
+"""The fixed-seed sample grid drawn during training."""
 
 from collections.abc import Mapping
 
@@ -17,20 +17,20 @@ from latte_flow.training.optimizer import ema_weights
 
 
 def samples_per_rank(config: SampleConfig, ranks: Ranks) -> int:
-    """Return how many images of a grid a rank draws: equal shares, so that every rank runs the same modules equally often."""
+    """Return how many images of a grid each rank draws: equal shares, so that all ranks run the modules equally often."""
     return -(-config.num_images // ranks.data_size)
 
 
 class SampleGrid:
-    """Draws the same images at every time, so that grids of different steps can be compared.
+    """Draws the same images every time, so that grids of different steps are comparable.
 
     Args:
-        config: how many, and how.
-        codec: of the run.
-        contexts: of the prompts, for a frozen VLM; None for a trained one.
+        config: number of images and sampler settings.
+        codec: codec of the run.
+        contexts: source of the prompts' context for a frozen VLM; None for a trained one.
         prompt_inputs: the prompts' tokens, for a trained VLM.
-        num_prompts: rows 0 .. num_prompts - 1 are prompts, which the images run through; the next one is the null prompt.
-        ranks: who draws which share; tensor-parallel ranks draw the same images together.
+        num_prompts: rows 0 .. num_prompts - 1 are the prompts that the images cycle through; the next row is the null prompt.
+        ranks: which rank draws which share; tensor-parallel ranks draw the same images together.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class SampleGrid:
         self.ranks = ranks
 
     def draw(self, engine) -> np.ndarray:
-        """Draw from the averaged weights of a DeepSpeed engine, each rank its share. Collective.
+        """Sample with the averaged weights of a DeepSpeed engine, each rank its share. Collective.
 
         Returns:
-            One picture, bytes [height, width] or [height, width, 3].
+            One image, uint8 [height, width] or [height, width, 3].
         """
         model, config = engine.module, self.config
         share = samples_per_rank(config, self.ranks)

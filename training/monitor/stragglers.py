@@ -1,7 +1,7 @@
-"""How evenly the ranks work: the seconds each of them needs for its own part of a step.
+"""Straggler detection: the seconds each rank needs for its own part of a step.
 
-The time of a whole step is the same on all ranks, since they wait for each other in every backward pass. What differs is the time
-until then: waiting for data, and the forward pass (which under ZeRO-3 waits for others too, as it gathers weights).
+The duration of a whole step is the same on all ranks, because they wait for each other in every backward pass. What differs is
+the time until then: waiting for data, and the forward pass (which under ZeRO-3 also waits for other ranks to gather weights).
 """
 
 import statistics
@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 
 class RankTimer:
-    """Times a rank's own work between two reports, on a GPU without waiting for it.
+    """Times a rank's own work between two reports, without synchronising with the GPU.
 
     Args:
-        device: that the forward pass runs on.
+        device: device of the forward pass.
     """
 
     def __init__(self, device: torch.device):
@@ -34,7 +34,7 @@ class RankTimer:
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Time what the body starts on the device."""
+        """Time the work that the body launches on the device."""
         if self.device.type == "cpu":
             with self.on_host():
                 yield
@@ -46,9 +46,12 @@ class RankTimer:
         self._events.append((start, end))
 
     def report(self, steps: int) -> dict[str, float]:
-        """Return the mean seconds of one of ``steps`` steps: the least, median and most over the ranks, and whose. Collective.
+        """Return the mean seconds per step: minimum, median and maximum over the ranks, and the slowest rank. Collective.
 
-        Call it after something that has waited for the device.
+        Call it after a synchronisation with the device.
+
+        Args:
+            steps: number of steps since the last report.
         """
         seconds = self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000
         self._seconds, self._events = 0.0, []

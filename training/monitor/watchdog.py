@@ -1,8 +1,8 @@
-"""Ends a run in which a rank hangs, and says which rank and where: the others wait for it in a collective operation for ever.
+"""Ends a run in which a rank hangs and reports which rank and where; the others would wait forever in a collective.
 
-Every rank's main thread notes what it is doing (a cheap assignment). A thread of each rank publishes that note in a store that
-rank 0 holds; the store is not the process group's, which the hanging rank may block. When a rank has not moved on for the
-configured time, the first to find that out compares all notes. Who stands furthest back is who the others wait for.
+The main thread of every rank records its current phase (a cheap assignment). A thread of each rank publishes that note in a store
+held by rank 0; it is separate from the process group's store, which the hanging rank may block. When a rank makes no progress for
+the configured time, the first rank to notice compares all notes. The ranks furthest behind are those the others wait for.
 """
 
 import faulthandler
@@ -22,15 +22,15 @@ from latte_flow.training.distributed.collectives import agree
 
 EXIT_HUNG = os.EX_SOFTWARE
 PHASES = ("data", "forward", "backward", "optimizer step", "logging", "sampling", "after the step", "checkpoint")
-"""What a step consists of, in this order; the first four once a micro-batch."""
+"""The phases of a step, in this order; the first four once per micro-batch."""
 ANSWER_SECONDS = 10.0
-"""How long the store may take; a stopped process answers never, and no timeout of torch's store covers that."""
+"""Timeout for the store to answer; a stopped process never answers, and no timeout of torch's store covers that."""
 CLAIM, GUILTY = "claim", "guilty"
 
 
 @dataclass(frozen=True)
 class Note:
-    """Where a rank stands: in a phase of a micro-batch of a step, which is counted from 1."""
+    """Progress of a rank: the step (counted from 1), micro-batch and phase it is in."""
 
     step: int
     micro_step: int
@@ -38,7 +38,7 @@ class Note:
 
     @property
     def position(self) -> tuple[int, int, int]:
-        """Sorts notes by how far they are."""
+        """Sort key: orders notes by progress."""
         return self.step, self.micro_step, PHASES.index(self.phase)
 
     def __str__(self) -> str:
@@ -46,17 +46,17 @@ class Note:
 
 
 class Watchdog:
-    """Watches this rank and, when it stands still, all ranks. Creating one is collective.
+    """Watches this rank and, when it makes no progress, all ranks. Creating one is collective.
 
     Args:
-        limit: seconds that a rank may stay in one phase.
+        limit: maximum seconds in one phase.
     """
 
     def __init__(self, limit: float):
         self.limit = limit
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._interval = min(limit / 4, 15.0)
-        self._beats = 0  # publications; a rank whose number stands still does not answer
+        self._beats = 0  # number of publications; a rank whose number does not grow is not responding
         self.enter(0, PHASES[-1])
         self._store = _make_store(self.rank)
         self._calls = ThreadPoolExecutor(1, thread_name_prefix="watchdog store")
@@ -64,16 +64,16 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start watching."""
         self.enter(0, PHASES[-1])
         self._thread.start()
 
     def enter(self, step: int, phase: str, micro_step: int = 0) -> None:
-        """Note that the main thread begins a phase, one of PHASES."""
+        """Record that the main thread enters a phase, one of PHASES."""
         self._note = Note(step, micro_step, phase)
 
     def stop(self) -> None:
-        """Stop watching, when the run ends."""
+        """Stop watching, at the end of the run."""
         self._done.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -83,7 +83,7 @@ class Watchdog:
         seen, intervals = self._note, 0
         while not self._done.wait(self._interval):
             self._publish()
-            # Counted, not timed: a job that is suspended and continued has not hung.
+            # Counted, not timed: a job that is suspended and continued is not hung.
             seen, intervals = self._note, intervals + 1 if self._note is seen else 0
             if intervals * self._interval > self.limit:
                 self._end(seen)
@@ -94,12 +94,12 @@ class Watchdog:
         self._ask("set", str(self.rank), json.dumps([self._beats, *astuple(self._note)]))
 
     def _end(self, mine: Note) -> None:
-        """Say who hangs and leave; return only if the main thread has gone on meanwhile."""
+        """Report who hangs and exit the process; return only if the main thread made progress meanwhile."""
         claims = self._ask("add", CLAIM, 1)
         if claims is None:
-            if self.rank == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one of each node at least
+            if self.rank == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0:  # at least one per node
                 _say(
-                    "error: rank 0, which knows where all ranks stand, does not answer: its process is stopped or dead, or its "
+                    "error: rank 0, which tracks all ranks, does not answer: its process is stopped or dead, or its "
                     f"node is gone; rank {self.rank} has been in {mine} for {self.limit / 60:g} minutes (health.hang_minutes); "
                     "the same command resumes the run from its newest checkpoint"
                 )
@@ -109,19 +109,19 @@ class Watchdog:
                 self._ask("set", CLAIM, "0")
                 return
             _say(explanation)
-            time.sleep(self._interval)  # for the tracebacks of those who are to blame
+            time.sleep(self._interval)  # lets the hanging ranks print their tracebacks
         else:
             deadline = time.monotonic() + 4 * self._interval + ANSWER_SECONDS
             while time.monotonic() < deadline and not self._ask("check", [GUILTY]):
                 if self._note is not mine:
                     return
-                self._publish()  # silence would make this rank look dead
+                self._publish()  # otherwise this rank would look dead
                 time.sleep(self._interval / 2)
             guilty = self._ask("get", GUILTY)
             if guilty and self.rank in json.loads(guilty):
                 faulthandler.dump_traceback(file=sys.stderr)
-            time.sleep(2 * self._interval)  # a launcher ends all ranks as soon as one has ended
-        # Not an exception: the main thread waits inside a library and would never see it.
+            time.sleep(2 * self._interval)  # a launcher kills all ranks as soon as one exits
+        # Not an exception: the main thread is blocked inside a library and would never see it.
         os._exit(EXIT_HUNG)
 
     def _explain(self, mine: Note) -> str:
@@ -149,7 +149,7 @@ class Watchdog:
         return f"{head}{who}; the same command resumes the run from its newest checkpoint"
 
     def _read_notes(self) -> dict[int, tuple[int, Note]]:
-        """Return rank -> (its publications, its note)."""
+        """Return rank -> (number of its publications, its note)."""
         notes = {}
         for rank in range(self.world_size):
             if self._ask("check", [str(rank)]) and (text := self._ask("get", str(rank))):
@@ -158,15 +158,15 @@ class Watchdog:
         return notes
 
     def _ask(self, method: str, *arguments):
-        """Call the store; None when it does not answer, and for ``set``, which waits for no answer."""
+        """Call the store. Return its answer, or None if there is none in time, and for ``set``, which has none."""
         try:
             return self._calls.submit(getattr(self._store, method), *arguments).result(ANSWER_SECONDS)
-        except (TimeoutError, RuntimeError):  # torch's errors of the store are RuntimeErrors
+        except (TimeoutError, RuntimeError):  # torch's store raises RuntimeError
             return None
 
 
 def _make_store(rank: int) -> dist.TCPStore:
-    """Return a store that rank 0 holds and all ranks reach. Collective."""
+    """Return a store held by rank 0 and reachable from all ranks. Collective."""
     patience = timedelta(seconds=ANSWER_SECONDS)
     host = agree(os.environ.get("MASTER_ADDR") or socket.gethostname())
     if rank == 0:
