@@ -1,5 +1,6 @@
 """The output_dir of a run: its allowed content at the start, the checkpoint to start from, the files written before step 1."""
 
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,12 @@ def check_output_dir(config: TrainingConfig) -> None:
         raise UserError(
             f"output_dir: {folder} exists and is not a training run; accepted: a new or empty folder, or the folder of a run"
         )
+
+
+def find_run_id(config: TrainingConfig) -> str:
+    """Return the id of the run in output_dir; a new one where there is none yet."""
+    saved = Path(config.output_dir) / CONFIG_FILE
+    return (load_config(saved).run_id if saved.is_file() else None) or uuid.uuid4().hex
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from latte_flow.training.data.datasets import load_image_dataset
 from latte_flow.training.data.loader import make_loader
 from latte_flow.training.data.record import DataRecord
 from latte_flow.training.distributed.batch_layout import make_batch_layout
-from latte_flow.training.distributed.collectives import print_once
+from latte_flow.training.distributed.collectives import agree, print_once
 from latte_flow.training.distributed.ranks import arrange_ranks
 from latte_flow.training.errors import UserError
 from latte_flow.training.initial_weights import find_initial_weights
@@ -54,6 +54,7 @@ from latte_flow.training.run_folder import (
     check_output_dir,
     components_folder,
     find_origin,
+    find_run_id,
     write_components,
 )
 from latte_flow.training.run_lock import RunLock
@@ -91,6 +92,7 @@ class Trainer:
         """Build the run, in the same order on all ranks. From here on this run has exclusive use of the output_dir."""
         config = self.config
         check_output_dir(config)
+        config.run_id = agree(find_run_id(config) if self.rank == 0 else None)
         self.origin, initial = find_origin(config), find_initial_weights(config)
         dist.barrier()  # StopRequest removes a file that the checks above look at
         self.stop = StopRequest(self.output_dir, self.device)
@@ -151,6 +153,7 @@ class Trainer:
             config.checkpoint.keep_last,
             config.checkpoint.keep_every,
             asynchronous=config.checkpoint.asynchronous,
+            run_id=config.run_id,
         )
 
     def _resume(self) -> int:

@@ -1,5 +1,6 @@
 """Two runs on one output_dir: one of them trains, the other is refused in one line."""
 
+import shutil
 import signal
 import subprocess
 import time
@@ -74,3 +75,37 @@ def test_the_runner_alone_is_killed_and_the_same_command_started_at_once(command
     assert "resumed from" in again[-1].output
     assert column(output, "step") == column(uninterrupted.output_dir, "step")
     assert column(output, "loss") == column(uninterrupted.output_dir, "loss")
+
+
+def test_checkpoints_of_another_run_or_step_are_refused_and_stay(command, tmp_path):
+    fields = {"checkpoint__every": 4, "sample__every": 0}
+    ours = command.train(**fields)
+    other = command.train(**fields, seed=5)
+    folder = ours.output_dir / "checkpoints"
+    our_id, other_id = (read_manifest(run.checkpoint(8))["run_id"] for run in (ours, other))
+    assert our_id != other_id
+    assert our_id in (ours.output_dir / "config.yaml").read_text()
+
+    copied = folder / "step_0000012"
+    for source, message in (
+        (other.checkpoint(8), "is the checkpoint of step 8; accepted: its name, step_0000008, or another place"),
+        (ours.checkpoint(8), "is the checkpoint of step 8; accepted: its name, step_0000008, or another place"),
+    ):
+        shutil.copytree(source, copied)
+        refused = command.train(output_dir=ours.output_dir, **fields, max_steps=16, code=2)
+        assert f"error: {copied}: {message}" in refused.finished.output
+        assert copied.is_dir()
+        shutil.rmtree(copied)
+
+    shutil.rmtree(ours.checkpoint(8))
+    shutil.copytree(other.checkpoint(8), ours.checkpoint(8))
+    refused = command.train(output_dir=ours.output_dir, **fields, max_steps=16, code=2)
+    assert f"{ours.checkpoint(8)}: is a checkpoint of another run ({other_id}; this one is {our_id})" in (
+        refused.finished.output
+    )
+    shutil.rmtree(ours.checkpoint(8))
+    # Named, it is what a new run starts from; it then has an id of its own.
+    forked = command.train(**fields, resume=other.checkpoint(8), max_steps=12, seed=5)
+    assert read_manifest(forked.checkpoint(12))["run_id"] not in (our_id, other_id)
+    again = command.train(output_dir=ours.output_dir, **fields, max_steps=12)
+    assert read_manifest(again.checkpoint(12))["run_id"] == our_id

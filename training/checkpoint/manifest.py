@@ -22,11 +22,13 @@ LATEST = "latest"
 """DeepSpeed's file that names the newest checkpoint of a folder."""
 PARTIAL_SUFFIX = ".partial"
 """Of a folder that is being written."""
-STEP_FOLDER = re.compile(r"step_\d{7,}")
+STEP_FOLDER = re.compile(r"step_(\d{7,})", re.ASCII)
 FILE_NAME = re.compile(r"[\w-][\w.-]{0,254}", re.ASCII)
 """What files of a checkpoint are called: in the folder itself, so a manifest cannot lead out of it."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 TENSOR_PARALLEL = "tensor_parallel"
+RUN_ID = "run_id"
+"""The key under which a manifest names the run that wrote it; those of older versions have none."""
 OWN_DIGEST = "sha256"
 """The key under which a manifest has the SHA-256 of its own content; those of older versions have none."""
 
@@ -58,6 +60,8 @@ def read_manifest(path: Path) -> dict:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         check_manifest(manifest)
+        if (named := STEP_FOLDER.fullmatch(path.name)) and int(named[1]) != manifest["step"]:
+            raise ValueError(f"it is of step {manifest['step']}")
         return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path / MANIFEST}: missing or damaged ({error})") from error
@@ -83,6 +87,15 @@ def check_files(
     except ValueError as error:
         yield MANIFEST, str(error)
         return
+    if record is read_manifest:
+        try:
+            present = sorted(file.name for file in path.iterdir())
+        except OSError as error:
+            yield MANIFEST, f"its folder cannot be listed: {error.strerror}"
+            return
+        for name in share(present):
+            if name not in files and name.endswith((MODEL_SUFFIX, OPTIMIZER_SUFFIX)):
+                yield name, "is a shard that the manifest does not list"
     for name in share(sorted(files)):
         entry, file = files[name], path / name
         try:

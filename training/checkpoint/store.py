@@ -27,6 +27,7 @@ from latte_flow.training.checkpoint.manifest import (
     MANIFEST,
     OWN_DIGEST,
     PARTIAL_SUFFIX,
+    RUN_ID,
     TENSOR_PARALLEL,
     check_files,
     check_manifest,
@@ -50,13 +51,23 @@ class CheckpointStore:
         keep_last: how many of the newest are kept; 0 keeps all.
         keep_every: checkpoints of steps that are multiples of it are kept as well; 0 for none.
         asynchronous: whether training goes on while files are written.
+        run_id: names the run; checkpoints of another run are refused.
 
     Attributes:
         failed_saves: how many could not be written since the start of the process.
     """
 
-    def __init__(self, folder: Path, keep_last: int, keep_every: int = 0, *, asynchronous: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        keep_last: int,
+        keep_every: int = 0,
+        *,
+        asynchronous: bool = False,
+        run_id: str | None = None,
+    ):
         self.folder = folder
+        self.run_id = run_id
         self.keep_last, self.keep_every = keep_last, keep_every
         self.asynchronous = asynchronous
         self.failed_saves = 0
@@ -97,6 +108,7 @@ class CheckpointStore:
             "zero_stage": engine.zero_optimization_stage(),
             TENSOR_PARALLEL: engine.mp_world_size,
             "layout": layout(engine),
+            RUN_ID: self.run_id,
         }
         arguments = (final, problem, engine.checkpoint_engine, manifest)
         if not self.asynchronous:
@@ -216,9 +228,32 @@ class CheckpointStore:
         """Return the newest checkpoint whose manifest verifies, the same on all ranks; None when there is none at all.
 
         Raises:
-            UserError: when there are checkpoints and every one is damaged: starting again from nothing would lose the run.
+            UserError: when there are checkpoints and every one is damaged: starting again from nothing would lose the run. When
+                one is of another run, or of another step than its folder says: it would be replaced in the course of this run.
         """
+        problem = agree(self._find_foreign() if is_first_rank() else None)
+        if problem is not None:
+            raise UserError(problem)
         return newest_valid(list_checkpoints(self.folder))
+
+    def _find_foreign(self) -> str | None:
+        """Return which checkpoint does not belong here; None when all do. Damaged ones are another matter."""
+        for path in list_checkpoints(self.folder):
+            try:
+                manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+                run_id, step = manifest.get(RUN_ID), manifest["step"]
+            except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+                continue
+            if type(step) is int and path.name != step_name(step):
+                return (
+                    f"{path}: is the checkpoint of step {step}; accepted: its name, {step_name(step)}, or another place"
+                )
+            if run_id is not None and run_id != self.run_id:
+                return (
+                    f"{path}: is a checkpoint of another run ({run_id}; this one is {self.run_id}); accepted: another place for "
+                    f"it, or another output_dir with --resume {path}"
+                )
+        return None
 
     def load(self, engine, path: Path, *, same_run: bool = True) -> dict:
         """Load a checkpoint, of any number of ranks and any ZeRO stage, into the engine and return its client state.

@@ -273,6 +273,8 @@ class TrainingConfig:
             a checkpoint of another run to start a new output_dir from.
         init_from: weights in any format (docs/checkpoints.md) of the same network to start a new run from at step 0; from a
             checkpoint, the averaged weights. Null: the VLM's weights and random ones.
+        run_id: names the run; drawn when an output_dir is first used, kept in its config.yaml and in the manifests of its
+            checkpoints. Not for the command line: what is given there is not used.
         seed: seed of all randomness; each random number depends only on it and the sample's global index.
         max_steps: optimizer steps of the whole run.
         global_batch_size: samples per optimizer step over all ranks.
@@ -289,6 +291,7 @@ class TrainingConfig:
     deepspeed: PathText = "ds_configs/zero2.json"
     resume: PathText = "auto"
     init_from: OptionalPath = None
+    run_id: str | None = None
     seed: NonNegativeInt = 0
     max_steps: PositiveInt = 240_000
     global_batch_size: PositiveInt = 2048

@@ -53,6 +53,7 @@ _Dumper.add_representer(str, _represent_text)
 # What may change on resume: the length of the run, logging and saving, and the distribution over machines.
 RESUMABLE_CHANGES = (
     "output_dir",
+    "run_id",
     "deepspeed",
     "resume",
     "max_steps",
