@@ -214,9 +214,8 @@ def _causal_masks(mask: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """
     length = mask.shape[1]
     visible = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril() & mask[:, None, None, :]
-    visible = visible | torch.eye(
-        length, dtype=torch.bool, device=mask.device
-    )  # padding sees itself: no row without a key
+    # Padding sees itself: no row without a key.
+    visible = visible | torch.eye(length, dtype=torch.bool, device=mask.device)
     hidden = torch.zeros(visible.shape, dtype=dtype, device=mask.device).masked_fill(~visible, torch.finfo(dtype).min)
     return {"full_attention": hidden, "sliding_attention": hidden}
 

@@ -156,10 +156,11 @@ class LatteFlowModel(PreTrainedModel):
             config = load_network_config(folder) if config is None else config
             kwargs["dtype"] = kwargs.get("dtype") or kwargs.pop("torch_dtype", None) or _widest_dtype(folder)
         wants_report = kwargs.pop("output_loading_info", False)
+        # Into the report, which is checked here.
         kwargs |= {
             "output_loading_info": True,
             "ignore_mismatched_sizes": True,
-        }  # into the report, which is checked here
+        }
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
         model, report = loaded
         for what, names in (

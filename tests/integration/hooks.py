@@ -114,9 +114,8 @@ def dump_state() -> None:
 
     def dumping(self):
         keys = ("exp_avg", "exp_avg_sq", "ema")
-        if hasattr(
-            self.engine.optimizer, "_lazy_init_hp_params_optimizer_state"
-        ):  # stages 1 and 2, else at the first step
+        # Stages 1 and 2, else at the first step.
+        if hasattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         held = {
             name: {None: safe_get_full_fp32_param(p)} | {key: safe_get_full_optimizer_state(p, key) for key in keys}

@@ -133,9 +133,8 @@ def test_models_and_pipelines_load_every_exported_folder(runs, tmp_path, name):
         pipeline = load_pipeline(folder)
         models = [pipeline.model]
         if to.startswith("safetensors"):
-            models.append(
-                LatteFlowModel.from_pretrained(folder)
-            )  # float32, though a Blend's frozen weights are bfloat16
+            # Float32, though a Blend's frozen weights are bfloat16.
+            models.append(LatteFlowModel.from_pretrained(folder))
         for model in models:
             for key, tensor in from_shards.model.state_dict().items():
                 assert torch.equal(model.state_dict()[key], tensor), (to, key)

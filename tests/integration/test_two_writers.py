@@ -41,9 +41,8 @@ def test_a_second_start_is_refused_until_the_first_is_killed(command, tmp_path):
         process.join()
     left = len(list_checkpoints(output / "checkpoints"))
     assert left > 0
-    command.train(
-        output_dir=output, sample__every=0, max_steps=4
-    )  # already trained further: nothing is lost or written
+    # Already trained further: nothing is lost or written.
+    command.train(output_dir=output, sample__every=0, max_steps=4)
     assert len(list_checkpoints(output / "checkpoints")) == left
 
 

@@ -23,9 +23,8 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal):
         for h in range(heads):
             g = h // (heads // kv_heads)  # "head 0, 1, 2 of Q will attention to head 0 of K, V"
             scores = scale * query[:, h] @ key[:, g].T
-            if (
-                causal
-            ):  # "aligned to the bottom right corner"; "if the row of the mask is all zero, the output will be zero"
+            # "aligned to the bottom right corner"; "if the row of the mask is all zero, the output will be zero"
+            if causal:
                 row, column = torch.arange(len(query))[:, None], torch.arange(len(key))[None, :]
                 visible = column <= row + len(key) - len(query)
             else:
@@ -97,7 +96,6 @@ def flash_attn(monkeypatch):
     """Install the stand-in as the module ``flash_attn`` and return it."""
     module = FlashAttnStandIn()
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr(
-        attention, "_flash_takes", lambda query: True
-    )  # the kernel itself takes half precision on CUDA alone
+    # The kernel itself takes half precision on CUDA alone.
+    monkeypatch.setattr(attention, "_flash_takes", lambda query: True)
     return module

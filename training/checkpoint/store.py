@@ -171,9 +171,8 @@ class CheckpointStore:
         if problem := self._any_problem("; ".join(engine_files.finish())):
             return problem
         problem, names, mine = "", None, {}
-        if (
-            is_first_rank()
-        ):  # on a network file system others may see fewer files, and shares of different lists leave gaps
+        # On a network file system the other ranks may see fewer files, and shares of different lists leave gaps.
+        if is_first_rank():
             try:
                 names = sorted(path.name for path in partial.iterdir() if path.is_file())
             except OSError as error:

@@ -124,9 +124,8 @@ class LRUContextCache:
         if capacity < 1:
             raise ValueError(f"capacity: got {capacity}; accepted: 1 or more prompts")
         self._encoder, self.capacity = encoder, capacity
-        self._slots: OrderedDict[int, int] = (
-            OrderedDict()
-        )  # prompt row -> place in the buffers, least recently used first
+        # Prompt row -> place in the buffers, least recently used first.
+        self._slots: OrderedDict[int, int] = OrderedDict()
         self._buffers: Context | None = None
         self.hits = self.misses = 0
 

@@ -153,9 +153,8 @@ def _read_saved(path: Path, kind: str, paths: list[Path]):
     import datasets
 
     if (path / "state.json").is_file() and not any(file.suffix == ".arrow" for file in paths):
-        raise UserError(
-            f"data.path: {path} holds zero images; at least one is needed"
-        )  # datasets writes no file for none
+        # Datasets writes no file for none.
+        raise UserError(f"data.path: {path} holds zero images; at least one is needed")
     table = datasets.load_from_disk(str(path))
     if isinstance(table, datasets.DatasetDict):
         folders = ", ".join(str(path / split) for split in table)

@@ -24,9 +24,8 @@ def kill_workers_at_exit() -> None:
 
     multiprocessing would send them SIGTERM and wait for their end for ever, and the whole launch with it.
     """
-    multiprocessing.util.Finalize(
-        None, _kill_workers, exitpriority=100
-    )  # before multiprocessing ends its children itself
+    # Before multiprocessing ends its children itself.
+    multiprocessing.util.Finalize(None, _kill_workers, exitpriority=100)
 
 
 def _kill_workers() -> None:
