@@ -192,7 +192,7 @@ def test_transformers_alone_answers_with_the_understanding_path(runs, tmp_path, 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "ranks"), [("couple_zero1_1", 1), ("blend_zero2_2", 2), ("blend_tensor_2", 1)])
 def test_megatron_core_answers_with_the_understanding_path(runs, tmp_path, name, ranks):
-    vlm = load_pipeline(runs[name].output_dir).vlm
+    vlm = load_pipeline(runs[name].output_dir).backbone
     folder = convert(runs[name].output_dir, tmp_path / "gpt", to="megatron-gpt", tensor_parallel=ranks, verify=True)
     assert (folder / "tokenizer" / "tokenizer.json").is_file()
     ids = torch.randint(0, vlm.config.text_config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))

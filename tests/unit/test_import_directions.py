@@ -112,6 +112,7 @@ def run_python(program: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_importing_model_leaves_deepspeed_out():
     modules = [f"latte_flow.model.{path.stem}" for path in product_files("model") if path.stem != "__init__"]
     program = f"import sys\nimport {', '.join(modules)}\n"
@@ -119,6 +120,7 @@ def test_importing_model_leaves_deepspeed_out():
     assert run_python(program).strip() == "[]"
 
 
+@pytest.mark.slow
 def test_the_package_itself_imports_nothing_heavy_and_offers_its_public_names():
     program = (
         "import sys, latte_flow\n"
