@@ -161,7 +161,7 @@ def test_a_stopped_run_goes_on_to_the_bit(command, two_by_two):
     half = command.train(**FOUR_RANKS, max_steps=4)
     run = command.train(**FOUR_RANKS, output_dir=half.output_dir)
     assert f"resumed from {half.checkpoint(4)}" in run.finished.output
-    assert "cut anew" not in run.finished.output
+    assert "resharded" not in run.finished.output
     for name in ("loss", "grad_norm", "grad_norm_group_0", "loss_group_3"):
         assert column(run.output_dir, name) == column(two_by_two.output_dir, name)
     assert_weights_equal(run, two_by_two, 8)
