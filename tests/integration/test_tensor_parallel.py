@@ -217,9 +217,9 @@ def test_samples_are_drawn_without_tensor_parallelism(command, two_by_two):
 @pytest.mark.parametrize(
     ("left_out", "message"),
     [
-        ("*mp_rank_01_*", "holds the shards of 2 ranks, but 4 have written it"),
+        ("*mp_rank_01_*", "holds the shards of 2 ranks, but 4 ranks wrote it"),
         ("*mp_rank_01_optim*", r"holds weights of tensor-parallel ranks \[0, 1\] and shards of \[0\]"),
-        ("zero_pp_rank_1_mp_rank_01_*", "holds the shards of 3 ranks, but 4 have written it"),
+        ("zero_pp_rank_1_mp_rank_01_*", "holds the shards of 3 ranks, but 4 ranks wrote it"),
     ],
 )
 def test_a_part_that_is_missing_is_an_error(two_by_two, tmp_path, left_out, message):

@@ -122,7 +122,7 @@ def build_pipeline(
     Args:
         folder: the model folder.
         weights: the network's state dict, or a source to read it from.
-        kind: ``model`` or ``ema`` for a source that holds both; None for the source's default, the averaged weights if it has them.
+        kind: ``model`` or ``ema`` for a source that holds both; None for its default: the averaged weights, if it has them.
         dtype: dtype of all networks.
 
     Raises:
