@@ -371,7 +371,7 @@ class TestRefused:
 
     def test_a_missing_shard(self, shards, tmp_path):
         next(shards.glob("*rank_1_*optim_states.pt")).unlink()
-        self.refuse(shards, tmp_path, "holds the shards of 1 ranks, but 2 have written it")
+        self.refuse(shards, tmp_path, "holds the shards of 1 ranks, but 2 ranks wrote it")
 
     def test_a_shard_of_another_step(self, shards, tmp_path, command):
         fields = {"max_steps": 1, "checkpoint__every": 1, "sample__every": 0}
@@ -446,7 +446,7 @@ class TestRefused:
 
     def test_a_part_of_a_deepspeed_checkpoint(self, shards, tmp_path):
         for file in shards.iterdir():
-            self.refuse(file, tmp_path, f"is a part of a DeepSpeed checkpoint; accepted: the folder, {shards}")
+            self.refuse(file, tmp_path, f"is part of a DeepSpeed checkpoint; accepted: its folder, {shards}")
 
     def test_weights_of_another_step_than_the_shards(self, shards, tmp_path, command):
         fields = {"max_steps": 1, "checkpoint__every": 1, "sample__every": 0}

@@ -89,7 +89,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_it_is_taken(run, stor
         find_checkpoint(newest)
 
     damage(older / file, how)
-    with pytest.raises(UserError, match=r"holds 2 checkpoints and every one is damaged; none can be resumed"):
+    with pytest.raises(UserError, match=r"all 2 checkpoints are damaged; none can be resumed"):
         store.newest_valid()
     for line, path in zip(capsys.readouterr().out.splitlines(), (newest, older), strict=True):
         assert line.startswith(f"checkpoint {path} skipped: {file} ")

@@ -72,7 +72,7 @@ def test_a_disk_that_fills_up_ends_neither_the_run_nor_the_checkpoint_that_fits(
     run = command.train(output_dir=output, sample__every=0, checkpoint__every=4, code=2)
     assert "resumed from" in run.finished.output
     assert "checkpoint step_0000004 NOT saved: it needs 0.00" in run.finished.output
-    assert "GiB free; earlier ones are untouched, training goes on" in run.finished.output
+    assert "GiB free; earlier ones are untouched, training continues" in run.finished.output
     assert "error: output_dir: the checkpoint of step 8" in run.finished.output
     assert [path.name for path in list_checkpoints(output / "checkpoints")] == ["step_0000001"]
     assert column(output, "loss") == column(one_rank.output_dir, "loss")
@@ -99,7 +99,7 @@ def test_code_in_a_checkpoint_is_not_executed(command, tmp_path, monkeypatch, fi
     resumed = command.train(max_steps=3, sample__every=0, checkpoint__every=3, output_dir=run.output_dir, code=2)
     drawn = command.sample(run.output_dir, code=2)
     for finished in (resumed.finished, drawn.finished):
-        assert f"error: {run.checkpoint(2)}: holds something that is no training state" in finished.output
+        assert f"error: {run.checkpoint(2)}: holds an object that is not training state" in finished.output
         assert "Traceback" not in finished.output
     assert not (tmp_path / "executed").exists()
     torch.load(path, weights_only=False)

@@ -141,4 +141,4 @@ def test_a_named_checkpoint_that_is_damaged_is_refused(command, one_rank, tmp_pa
     shard.write_bytes(shard.read_bytes()[:-1])
     run = command.train(output_dir=tmp_path / "run", resume=shard.parent, code=2)
     assert f"{shard.name} has {shard.stat().st_size} bytes instead of" in run.finished.output
-    assert "every one is damaged" in run.finished.output
+    assert "checkpoints are damaged" in run.finished.output

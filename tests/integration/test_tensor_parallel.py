@@ -161,7 +161,7 @@ def test_a_stopped_run_goes_on_to_the_bit(command, two_by_two):
     half = command.train(**FOUR_RANKS, max_steps=4)
     run = command.train(**FOUR_RANKS, output_dir=half.output_dir)
     assert f"resumed from {half.checkpoint(4)}" in run.finished.output
-    assert "cut anew" not in run.finished.output
+    assert "resharded" not in run.finished.output
     for name in ("loss", "grad_norm", "grad_norm_group_0", "loss_group_3"):
         assert column(run.output_dir, name) == column(two_by_two.output_dir, name)
     assert_weights_equal(run, two_by_two, 8)
@@ -217,9 +217,9 @@ def test_samples_are_drawn_without_tensor_parallelism(command, two_by_two):
 @pytest.mark.parametrize(
     ("left_out", "message"),
     [
-        ("*mp_rank_01_*", "holds the shards of 2 ranks, but 4 have written it"),
+        ("*mp_rank_01_*", "holds the shards of 2 ranks, but 4 ranks wrote it"),
         ("*mp_rank_01_optim*", r"holds weights of tensor-parallel ranks \[0, 1\] and shards of \[0\]"),
-        ("zero_pp_rank_1_mp_rank_01_*", "holds the shards of 3 ranks, but 4 have written it"),
+        ("zero_pp_rank_1_mp_rank_01_*", "holds the shards of 3 ranks, but 4 ranks wrote it"),
     ],
 )
 def test_a_part_that_is_missing_is_an_error(two_by_two, tmp_path, left_out, message):

@@ -1,1 +1,1 @@
-"""Checkpoints: the commit protocol, what a checkpoint is on disk, elastic loading, and the formats."""
+"""Checkpoints: the commit protocol, the layout on disk, elastic loading, and the formats."""

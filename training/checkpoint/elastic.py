@@ -1,8 +1,8 @@
-"""Take a checkpoint into an engine with other ranks, another ZeRO stage or another tensor_parallel than it was written with.
+"""Elastic loading: resumes a checkpoint with a different number of ranks, ZeRO stage or tensor_parallel than it was written with.
 
-DeepSpeed's own loading wants the shards cut as they were. Here every parameter is put together by name from the shards (master
-weight, moments, moving average) and each rank takes its part of it, so any number of ranks and any stage goes on from any other.
-Nothing random is kept in checkpoints (training/data/loader.py), so samples and noise are those of the run before.
+DeepSpeed's own loading requires an unchanged sharding. Here every parameter (master weight, moments, moving average) is assembled
+by name from the shards and each rank takes its part, so any number of ranks and any stage can resume from any other.
+Checkpoints hold no random state (training/data/loader.py), so samples and noise are unchanged.
 """
 
 from collections.abc import Mapping
@@ -24,19 +24,19 @@ def load_resharded(engine, source: WeightSource) -> dict:
 
     Args:
         engine: a DeepSpeed engine with ZeRO over an AdamWWithEMA.
-        source: a checkpoint of a format that holds the optimizer's state.
+        source: a checkpoint in a format that holds the optimizer state.
 
     Returns:
-        What ``CheckpointStore.save`` was given as the client state, among entries of DeepSpeed.
+        The client state passed to ``CheckpointStore.save``, along with DeepSpeed's own entries.
 
     Raises:
-        UserError: when the checkpoint is of another network.
+        UserError: when the checkpoint belongs to another network.
     """
     state = source.training_state
-    assert state is not None  # the callers open only formats that have one
+    assert state is not None  # callers only open formats that have one
     infos = source.tensors
     untrained = {name: source.read(name) for name in infos if name not in state.shapes}
-    # This rank's part of what is split; without tensor parallelism it is the whole.
+    # This rank's part of split parameters; without tensor parallelism the whole parameter.
     rank, size = (0, 1) if engine.mpu is None else (engine.mpu.get_model_parallel_rank(), engine.mp_world_size)
     _check_shapes(source, state.shapes, engine.module, size)
     trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
@@ -79,7 +79,7 @@ def _load_untrained(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) ->
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     for name, value in tensors.items():
         target = parameters[name] if name in parameters else buffers[name]
-        # Under stage 3 parameters are sharded; rank 0's copy is what all ranks get.
+        # Under stage 3 parameters are sharded; all ranks receive rank 0's copy.
         with deepspeed.zero.GatheredParameters([target], modifier_rank=0, enabled=hasattr(target, "ds_id")):
             if not hasattr(target, "ds_id") or dist.get_rank() == 0:
                 target.copy_(value)

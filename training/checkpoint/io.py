@@ -1,4 +1,4 @@
-"""How DeepSpeed's files are written and read: a failed write does not end the run, and reading executes nothing."""
+"""Writing and reading DeepSpeed's files: a failed write does not end the run, and reading executes no code."""
 
 import copy
 import os
@@ -17,14 +17,14 @@ from torch import Tensor
 from latte_flow.training.errors import UserError
 
 ALLOWED_GLOBALS = [LossScaler, ZeroStageEnum, fragment_address]
-"""What DeepSpeed's shards hold beside tensors and plain containers."""
+"""Types in DeepSpeed's shards other than tensors and plain containers."""
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 class TolerantCheckpointEngine(TorchCheckpointEngine):
-    """DeepSpeed's writer of files, which keeps an error of the file system for later instead of raising it.
+    """DeepSpeed's file writer, except that it records file system errors instead of raising them.
 
-    Other ranks wait in collectives of the same save: one that leaves in the middle would hang them all.
+    Other ranks wait in collectives of the same save: a rank that raises in the middle would hang them all.
     """
 
     def __init__(self, config_params=None):
@@ -32,34 +32,34 @@ class TolerantCheckpointEngine(TorchCheckpointEngine):
         self.errors: list[str] = []
 
     def save(self, state_dict, path: str) -> None:
-        """Write a file, or note why it could not be written."""
+        """Write a file, or record the reason it failed."""
         try:
             super().save(state_dict, path)
         except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
             self.errors.append(f"{Path(path).name}: {str(error).splitlines()[0]}")
 
     def finish(self) -> list[str]:
-        """Write what has not been written yet; return the errors since the last call."""
+        """Write pending files; return the errors since the last call."""
         errors, self.errors = self.errors, []
         return errors
 
 
 class DeferringCheckpointEngine(TolerantCheckpointEngine):
-    """DeepSpeed's writer of files, which keeps a copy of what is to be written, in the host's memory, until ``finish``."""
+    """DeepSpeed's file writer, except that it keeps a copy of the state in host memory and writes it in ``finish``."""
 
     def __init__(self, config_params=None):
         super().__init__(config_params)
         self._kept: list[tuple[dict, str]] = []
 
     def save(self, state_dict, path: str) -> None:
-        """Copy the state, which training may change afterwards, or note why it could not be copied."""
+        """Copy the state, which training may change afterwards, or record the reason it failed."""
         try:
             self._kept.append((_copy_to_host(state_dict), path))
         except (MemoryError, RuntimeError) as error:
             self.errors.append(f"{Path(path).name}: {str(error).splitlines()[0]}")
 
     def finish(self) -> list[str]:
-        """Write what was kept, and let go of it; return the errors."""
+        """Write the kept state and release it; return the errors."""
         kept, self._kept = self._kept, []
         while kept:
             state, path = kept.pop(0)
@@ -68,7 +68,7 @@ class DeferringCheckpointEngine(TolerantCheckpointEngine):
 
 
 def _copy_to_host(value):
-    """Return a copy whose tensors are on the CPU and share nothing with the original."""
+    """Return a copy whose tensors are on the CPU and share no memory with the original."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -80,16 +80,16 @@ def _copy_to_host(value):
 
 @contextmanager
 def safe_unpickling(source: Path) -> Iterator[None]:
-    """Make every ``torch.load`` inside, DeepSpeed's too, refuse pickles that name anything but ALLOWED_GLOBALS.
+    """Make every ``torch.load`` in the body, including DeepSpeed's, reject pickles that name anything but ALLOWED_GLOBALS.
 
     Args:
-        source: for the message.
+        source: path for the error message.
 
     Raises:
-        UserError: when a file is refused.
+        UserError: when a file is rejected.
     """
     before = os.environ.get(FORCE_WEIGHTS_ONLY)
-    os.environ[FORCE_WEIGHTS_ONLY] = "1"  # it overrules the weights_only=False of DeepSpeed's own calls
+    os.environ[FORCE_WEIGHTS_ONLY] = "1"  # overrides weights_only=False in DeepSpeed's own calls
     try:
         with torch.serialization.safe_globals(ALLOWED_GLOBALS):
             yield
@@ -98,7 +98,7 @@ def safe_unpickling(source: Path) -> Iterator[None]:
             (line.strip() for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), error
         )
         raise UserError(
-            f"{source}: holds something that is no training state, and was not executed ({reason})"
+            f"{source}: holds an object that is not training state and was not executed ({reason})"
         ) from error
     finally:
         if before is None:

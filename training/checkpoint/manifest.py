@@ -1,6 +1,6 @@
-"""What a checkpoint on a disk is: a folder of one step whose manifest.json verifies.
+"""The definition of a checkpoint on disk: the folder of one step whose manifest.json verifies.
 
-A manifest is read before anything else is trusted, so nothing in it is followed that could not be a checkpoint's.
+A manifest is read before anything else is trusted, so its content is validated before it is used.
 """
 
 import hashlib
@@ -16,21 +16,21 @@ from latte_flow.training.errors import UserError
 
 CHECKPOINTS_FOLDER = "checkpoints"
 MODEL_FOLDER = "model"
-"""Folders of an output_dir: the checkpoints, and the model folder without weights (model_folder.py)."""
+"""Folders in an output_dir: the checkpoints, and the model folder without weights (model_folder.py)."""
 MANIFEST = "manifest.json"
 LATEST = "latest"
-"""DeepSpeed's file that names the newest checkpoint of a folder."""
+"""DeepSpeed's file that names the newest checkpoint in a folder."""
 PARTIAL_SUFFIX = ".partial"
-"""Of a folder that is being written."""
+"""Suffix of a folder that is being written."""
 STEP_FOLDER = re.compile(r"step_(\d{7,})", re.ASCII)
 FILE_NAME = re.compile(r"[\w-][\w.-]{0,254}", re.ASCII)
-"""What files of a checkpoint are called: in the folder itself, so a manifest cannot lead out of it."""
+"""Names of files in a checkpoint: no path separators, so a manifest cannot refer to files outside the folder."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 TENSOR_PARALLEL = "tensor_parallel"
 RUN_ID = "run_id"
 """The key under which a manifest names the run that wrote it; those of older versions have none."""
 OWN_DIGEST = "sha256"
-"""The key under which a manifest has the SHA-256 of its own content; those of older versions have none."""
+"""Manifest key of the SHA-256 of its own content; missing in manifests of older versions."""
 
 
 def step_name(step: int) -> str:
@@ -39,23 +39,23 @@ def step_name(step: int) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the folders of a run's steps, oldest first; partial ones are none. One without a manifest is a damaged one."""
+    """Return the checkpoint folders of a run, oldest first, without partial ones. A folder without a manifest is damaged."""
     paths = [path for path in folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
     return sorted(paths, key=lambda path: (len(path.name), path.name))  # step_10000000 comes after step_9999999
 
 
 def named_checkpoints(path: Path) -> list[Path]:
-    """Return the checkpoints that a path means, oldest first: one step's folder, or all of an output_dir; none are verified."""
+    """Return the checkpoints a path refers to, oldest first: one step's folder, or all of an output_dir. Does not verify them."""
     if path.is_dir() and (STEP_FOLDER.fullmatch(path.name) or (path / MANIFEST).is_file()):
         return [path]
     return list_checkpoints(path / CHECKPOINTS_FOLDER)
 
 
 def read_manifest(path: Path) -> dict:
-    """Return a checkpoint's manifest: step, world_size, zero_stage, tensor_parallel (older ones have none: 1), files.
+    """Return a checkpoint's manifest: step, world_size, zero_stage, tensor_parallel (missing in older ones: 1), files.
 
     Raises:
-        UserError: when it is missing or not what ``save`` writes.
+        UserError: when it is missing or invalid.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -74,13 +74,13 @@ def check_files(
     contents: bool = True,
     record: Callable[[Path], dict] = read_manifest,
 ) -> Iterator[tuple[str, str]]:
-    """Yield (file name, problem) for each of this rank's share of the files that is not what the manifest says.
+    """Yield (file name, problem) for each file in this rank's share that does not match the manifest.
 
     Args:
         path: a checkpoint's folder.
-        share: list of files -> the part of it to look at.
-        contents: whether to read the files, too.
-        record: what says which files there are.
+        share: maps the list of files to the part to check.
+        contents: whether to also read the files and verify their SHA-256.
+        record: reads the record that lists the files.
     """
     try:
         files = record(path)["files"]
@@ -113,7 +113,7 @@ def check_files(
 
 
 def describe_file(path: Path) -> dict:
-    """Return what a manifest says of a file that was just written, once it is on the disk for good."""
+    """Sync a file that was just written to disk and return its manifest entry."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
         return {"bytes": path.stat().st_size, "sha256": _sha256(stream)}
@@ -124,7 +124,7 @@ def _sha256(stream: BufferedReader) -> str:
 
 
 def manifest_digest(manifest: dict) -> str:
-    """Return the SHA-256 of what a manifest says, all but this number."""
+    """Return the SHA-256 of a manifest's content, excluding the digest itself."""
     content = {key: value for key, value in manifest.items() if key != OWN_DIGEST}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -141,7 +141,7 @@ def check_manifest(manifest: dict) -> None:
         "tensor_parallel": (manifest.get(TENSOR_PARALLEL, 1), 1, shards + 1),
     }
     for name, (value, low, high) in numbers.items():
-        if type(value) is not int or not low <= value < high:  # nor is True a number
+        if type(value) is not int or not low <= value < high:  # True fails too
             raise ValueError(f"{name}: {value!r}")
     for name, entry in files.items():
         if not FILE_NAME.fullmatch(name) or not DIGEST.fullmatch(entry["sha256"]):
@@ -156,4 +156,4 @@ def check_manifest(manifest: dict) -> None:
             f"files: {shards} *{OPTIMIZER_SUFFIX} and {models} *{MODEL_SUFFIX}; accepted: one or more, and {expected}"
         )
     if manifest.get(OWN_DIGEST, digest := manifest_digest(manifest)) != digest:
-        raise ValueError("it has another SHA-256 than it says")
+        raise ValueError("its SHA-256 does not match its content")

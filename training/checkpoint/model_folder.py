@@ -1,12 +1,12 @@
-"""The model folder of a run and of a converted checkpoint: all of a pipeline but the network's weights.
+"""The model folder of a run and of a converted checkpoint: everything of a pipeline except the network's weights.
 
     config.json      the network's configuration
-    pipeline.json    prompt template, class names, codec, and where the VLM is
+    pipeline.json    prompt template, class names, codec, and the location of the VLM
     tokenizer/       the VLM's tokenizer and image processor
-    vlm/             the VLM, when it has no path of its own (the tiny one)
+    vlm/             the VLM, if it has no path of its own (the tiny VLM)
 
-A training output_dir has it as ``model/``, without weights. A converted checkpoint has the weights beside it, in any format of
-training/checkpoint/formats. A pipeline that is saved for inference alone is a folder of diffusers instead (model/pipeline.py).
+In a training output_dir it is ``model/``, without weights. A converted checkpoint also holds the weights, in any format of
+training/checkpoint/formats. A pipeline saved for inference only is a diffusers folder instead (model/pipeline.py).
 """
 
 import dataclasses
@@ -35,18 +35,18 @@ TOKENIZER_FOLDER = "tokenizer"
 
 @dataclass
 class PipelineConfig:
-    """What a pipeline needs beside the networks' own configurations; the content of pipeline.json.
+    """What a pipeline needs in addition to the networks' configurations; the content of pipeline.json.
 
     Attributes:
         resolution: R, side of the images in pixels.
         image_channels: c.
         prompt_template: the user message; {} stands for the class name or the caption.
         null_prompt: the user message of the null condition.
-        max_prompt_tokens: longer user messages lose their end; None keeps all.
+        max_prompt_tokens: longer user messages are truncated at the end; None disables truncation.
         class_names: names of the classes, or None for free prompts.
         codec: arguments of model.codecs.load_codec.
-        vlm_path: folder or hub id of the VLM; None when it lies in the model folder itself.
-        vlm_fingerprint: of the VLM's files, None without a path; see model.backbone.fingerprint.
+        vlm_path: folder or hub id of the VLM; None if it is in the model folder.
+        vlm_fingerprint: fingerprint of the VLM's files, None without a path; see model.backbone.fingerprint.
     """
 
     resolution: int
@@ -64,8 +64,8 @@ class PipelineConfig:
         """Read a model folder's pipeline.json.
 
         Raises:
-            FileNotFoundError: when there is none.
-            ValueError: when it is not what ``save_components`` writes.
+            FileNotFoundError: when it does not exist.
+            ValueError: when its content is invalid.
         """
         file = folder / PIPELINE_FILE
         if not file.is_file():
@@ -76,14 +76,14 @@ class PipelineConfig:
             raise ValueError(f"{file}: damaged ({error})") from error
 
     def load_frozen_vlm(self, folder: Path, dtype: torch.dtype | None):
-        """Load the VLM that a Couple model was trained beside.
+        """Load the frozen VLM that a Couple model was trained with.
 
         Args:
             folder: the model folder.
-            dtype: the type of its weights; None for its own.
+            dtype: dtype of the weights; None keeps the stored one.
 
         Raises:
-            UserError: when it is not there, or is another one.
+            UserError: when it is missing or is a different VLM.
         """
         path = self.vlm_path or folder / VLM_FOLDER
         with naming("vlm"):
@@ -94,15 +94,15 @@ class PipelineConfig:
 def save_components(
     folder: Path, network: LatteFlowConfig, config: PipelineConfig, *, tokenizer, image_processor, vlm
 ) -> None:
-    """Write a model folder; what is there already is replaced.
+    """Write a model folder; existing files are overwritten.
 
     Args:
-        folder: to write to.
+        folder: folder to write to.
         network: the network's configuration.
-        config: of the pipeline. pipeline.json is written last: without it the folder is incomplete.
-        tokenizer: the VLM's.
-        image_processor: the VLM's, or None.
-        vlm: the frozen VLM; it is written when it has no path of its own and is not part of the network.
+        config: the pipeline's configuration. pipeline.json is written last: without it the folder is incomplete.
+        tokenizer: the VLM's tokenizer.
+        image_processor: the VLM's image processor, or None.
+        vlm: the frozen VLM; written only if it has no path of its own and is not part of the network.
     """
     folder.mkdir(parents=True, exist_ok=True)
     network.save_pretrained(folder)
@@ -121,16 +121,16 @@ def build_pipeline(
 
     Args:
         folder: the model folder.
-        weights: the network's state dict, or where to read one.
-        kind: ``model`` or ``ema``, of a source that holds both; None for the averaged ones.
-        dtype: the type of all networks.
+        weights: the network's state dict, or a source to read it from.
+        kind: ``model`` or ``ema`` for a source that holds both; None for its default: the averaged weights, if it has them.
+        dtype: dtype of all networks.
 
     Raises:
         FileNotFoundError: when the folder is not a model folder.
-        ValueError: when weights are not of the network, or the VLM is not the one that it was trained with.
+        ValueError: when the weights do not fit the network, or the VLM is not the one it was trained with.
     """
     config = PipelineConfig.load(folder)
-    if not (folder / TOKENIZER_FOLDER).is_dir():  # transformers would ask the hub for it
+    if not (folder / TOKENIZER_FOLDER).is_dir():  # transformers would look for it on the hub
         raise ValueError(f"{folder / TOKENIZER_FOLDER} not found; accepted: a model folder")
     model = LatteFlowModel(load_network_config(folder))
     load_weights(model, weights, weights.default_kind if kind is None and isinstance(weights, WeightSource) else kind)

@@ -1,4 +1,4 @@
-"""What a path holds: a checkpoint of any format with what belongs to it, its weights, the pipeline that it makes."""
+"""Opens checkpoints of any format by path: the weights, their model folder and configuration, or the whole pipeline."""
 
 import logging
 from dataclasses import dataclass
@@ -37,14 +37,14 @@ WEIGHTS = ("ema", "model")
 
 
 def find_checkpoint(path: Path, *, contents: bool = True) -> Path:
-    """Return the checkpoint folder that a path means: a step's folder, or the newest valid one of an output_dir.
+    """Return the checkpoint folder a path refers to: a step's folder, or the newest valid one of an output_dir.
 
     Args:
         path: the folder.
-        contents: whether the files are read to see if they are whole, or only their sizes are looked at.
+        contents: whether to verify the contents of the files, not only their sizes.
 
     Raises:
-        UserError: when there is none.
+        UserError: when there is no valid checkpoint.
     """
     candidates = named_checkpoints(path)
     for candidate in reversed(candidates):
@@ -58,21 +58,21 @@ def find_checkpoint(path: Path, *, contents: bool = True) -> Path:
 
 
 def is_pipeline(path: Path) -> bool:
-    """Return whether a folder makes a pipeline by itself: a saved pipeline or a converted checkpoint, and no run's."""
+    """Return whether a folder is a pipeline by itself: a saved pipeline or a converted checkpoint, not one of a run."""
     return (path / LatteFlowPipeline.config_name).is_file() or (path / PIPELINE_FILE).is_file()
 
 
 def load_pipeline(
     path: str | Path, *, weights: str = "ema", dtype: torch.dtype = torch.float32, verified: bool = False
 ) -> LatteFlowPipeline:
-    """Load what a CHECKPOINT argument names.
+    """Load the pipeline that a CHECKPOINT argument names.
 
     Args:
         path: a training output_dir, one step's folder of it, a folder of tools/convert_checkpoint.py in any format, or a
-            pipeline that ``LatteFlowPipeline.save_pretrained`` wrote.
-        weights: ``ema`` or ``model``, for training checkpoints and universal ones; other folders hold one kind.
-        dtype: the type of the networks.
-        verified: that ``find_checkpoint`` has just returned the path: its files are not read once more to see if they are whole.
+            pipeline written by ``LatteFlowPipeline.save_pretrained``.
+        weights: ``ema`` or ``model``, for training and universal checkpoints; other folders hold only one kind.
+        dtype: dtype of the networks.
+        verified: the path was just returned by ``find_checkpoint``, so its files are not verified again.
 
     Raises:
         UserError: when the folder is none of these, or is damaged.
@@ -85,7 +85,7 @@ def load_pipeline(
             source = open_weights(path)
             return build_pipeline(path, source, weights if weights in source.kinds else None, dtype)
         if (path / EXPORT_FILE).is_file():
-            raise UserError(f"{path}: holds weights, and no {PIPELINE_FILE}, which a pipeline needs")
+            raise UserError(f"{path}: holds weights but no {PIPELINE_FILE}, which a pipeline needs")
         checkpoint = path if verified else find_checkpoint(path)
         return build_pipeline(checkpoint.parent.parent / MODEL_FOLDER, read_weights(checkpoint, weights), None, dtype)
     except (OSError, ValueError) as error:
@@ -118,12 +118,12 @@ def read_weights(path: Path, which: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """Weights of any format, and where what belongs to them lies.
+    """Weights of any format, and the location of the files that belong to them.
 
     Attributes:
         source: the weights.
-        components: the model folder with config.json and, mostly, pipeline.json and the tokenizer; None where there is none.
-        config_file: the training configuration, where there is one.
+        components: the model folder with config.json and usually pipeline.json and the tokenizer; None if there is none.
+        config_file: the training configuration, if there is one.
     """
 
     source: WeightSource
@@ -134,22 +134,22 @@ class OpenedCheckpoint:
 def open_checkpoint(
     path: Path, *, tag: str | None = None, model_folder: Path | None = None, contents: bool = True
 ) -> OpenedCheckpoint:
-    """Open what a path holds, whichever format it has.
+    """Open a checkpoint of any format.
 
     Args:
-        path: a training output_dir, one step's folder of it, a folder of DeepSpeed, or anything that ``open_weights`` takes.
-        tag: of a training output_dir (step_0005000) or another folder of DeepSpeed's, another one than the newest.
-        model_folder: where config.json is, when not beside the weights.
-        contents: whether files whose SHA-256 is known, ours and exported ones, are read to see if they are whole.
+        path: a training output_dir, one step's folder of it, a DeepSpeed folder, or anything that ``open_weights`` accepts.
+        tag: checkpoint of a training output_dir (step_0005000) or of a DeepSpeed folder; default: the newest.
+        model_folder: folder of config.json, if not next to the weights.
+        contents: whether to verify files with a recorded SHA-256 (training and exported checkpoints).
 
     Raises:
-        UserError: when it is damaged or of no known format, or ``model_folder`` holds no config.json.
+        UserError: when it is damaged or its format is unknown, or ``model_folder`` holds no config.json.
     """
     try:
         if _is_of_a_run(path):
             if tag is not None:
                 if not (path / CHECKPOINTS_FOLDER).is_dir():
-                    raise UserError(f"tag: {path} is one step's folder already; accepted: none, or the output_dir")
+                    raise UserError(f"tag: {path} is already one step's folder; accepted: none, or the output_dir")
                 path = _tagged(path / CHECKPOINTS_FOLDER, tag)
             checkpoint = find_checkpoint(path, contents=contents)
             run = checkpoint.resolve().parent.parent
@@ -176,7 +176,7 @@ def open_checkpoint(
 
 
 def _is_of_a_run(path: Path) -> bool:
-    """Return whether a path is a training output_dir or one step's folder of it; one that lost its manifest is a damaged one."""
+    """Return whether a path is a training output_dir or one step's folder of it, including one without its manifest (damaged)."""
     if (path / CHECKPOINTS_FOLDER).is_dir() or (path / MANIFEST).is_file():
         return True
     return bool(STEP_FOLDER.fullmatch(path.name)) and any(path.glob(SHARDS))
@@ -187,13 +187,13 @@ def _tagged(folder: Path, tag: str) -> Path:
     if Path(tag).name != tag or not (folder / tag).is_dir():
         there = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
         raise UserError(
-            f"tag: {folder / tag} not found; accepted: {', '.join(there) or 'none, for this is no folder of tags'}"
+            f"tag: {folder / tag} not found; accepted: {', '.join(there) or 'none, the folder holds no tags'}"
         )
     return folder / tag
 
 
 def _deepspeed_folder(path: Path) -> Path | None:
-    """Return the folder of shards that a path of DeepSpeed's means; None when it is none of its."""
+    """Return the folder of DeepSpeed shards that a path refers to, or None if it is not a DeepSpeed folder."""
     if not path.is_dir():
         return None
     if any(path.glob(SHARDS)):
@@ -203,5 +203,5 @@ def _deepspeed_folder(path: Path) -> Path | None:
         tag = latest.read_text(encoding="utf-8", errors="replace").strip()
         if tag and Path(tag).name == tag and any((path / tag).glob(SHARDS)):
             return path / tag
-        raise UserError(f"{latest}: names {tag!r}, and there are no shards of DeepSpeed's in such a folder")
+        raise UserError(f"{latest}: names {tag!r}, but there are no DeepSpeed shards in such a folder")
     return None

@@ -1,10 +1,10 @@
-"""Checkpoints of a run: DeepSpeed's files, written under a commit protocol, and loaded again.
+"""Checkpoints of a run: saves DeepSpeed's files with a commit protocol, and loads them.
 
-DeepSpeed's ``latest`` is no commit marker: rank 0 writes it before the other ranks' shards exist. So a checkpoint is saved into
-``step_XXXXXXX.partial``; when all ranks are done, every file's size and SHA-256 go into manifest.json, the folder is renamed into
-place, and only then does ``latest`` name it. A folder is a checkpoint exactly if its manifest verifies.
+DeepSpeed's ``latest`` is not a commit marker: rank 0 writes it before the other ranks' shards exist. A checkpoint is therefore
+saved into ``step_XXXXXXX.partial``; when all ranks are done, the size and SHA-256 of every file go into manifest.json, the folder
+is renamed atomically, and only then is ``latest`` updated. A folder is a checkpoint if and only if its manifest verifies.
 
-An asynchronous save copies the state to the host's memory and leaves all the rest to a thread of each rank.
+An asynchronous save copies the state to host memory and leaves the rest to a thread on each rank.
 """
 
 import json
@@ -44,17 +44,17 @@ from latte_flow.training.errors import UserError
 
 
 class CheckpointStore:
-    """The checkpoints of one run, shared by all ranks. Creating it and its methods, but for ``wait``, are collective.
+    """The checkpoints of one run, shared by all ranks. The constructor and all methods except ``wait`` are collective.
 
     Args:
-        folder: ``output_dir/checkpoints``, on a file system that all ranks see.
-        keep_last: how many of the newest are kept; 0 keeps all.
-        keep_every: checkpoints of steps that are multiples of it are kept as well; 0 for none.
-        asynchronous: whether training goes on while files are written.
-        run_id: names the run; checkpoints of another run are refused.
+        folder: ``output_dir/checkpoints``, on a file system visible to all ranks.
+        keep_last: number of newest checkpoints to keep; 0 keeps all.
+        keep_every: checkpoints at multiples of this step are kept as well; 0 disables this.
+        asynchronous: whether training continues while files are written.
+        run_id: identifies the run; checkpoints of another run are refused.
 
     Attributes:
-        failed_saves: how many could not be written since the start of the process.
+        failed_saves: number of failed saves since the start of the process.
     """
 
     def __init__(
@@ -73,19 +73,19 @@ class CheckpointStore:
         self.failed_saves = 0
         self._saved = True
         self._thread: threading.Thread | None = None
-        # A thread's collectives must not mix with those of the training; gloo's need no device.
+        # Collectives of the thread must not interleave with those of the training; gloo needs no device.
         self._group: Any = dist.new_group(backend="gloo") if asynchronous else None
 
     def save(self, engine, step: int, client_state: dict) -> None:
-        """Write and commit a checkpoint of the engine; a valid one of this step is left as it is, a damaged one replaced.
+        """Write and commit a checkpoint of the engine; an existing valid one of this step is kept, a damaged one replaced.
 
-        One that cannot be written (a full disk, a file system that went away) is counted and said, and what there was stays.
-        ``wait`` tells whether it was written. An asynchronous save returns when the state is copied, after the save before.
+        A failed save (disk full, file system unavailable) is counted and reported, and earlier checkpoints stay. ``wait`` returns
+        whether the save succeeded. An asynchronous save waits for the previous one and returns once the state is copied.
 
         Args:
             engine: the DeepSpeed engine.
-            step: optimizer steps done.
-            client_state: what the trainer needs to go on, beside the weights and the optimizer.
+            step: number of optimizer steps done.
+            client_state: what the trainer needs to resume, apart from the weights and the optimizer state.
         """
         self.wait()
         final = self.folder / step_name(step)
@@ -98,7 +98,7 @@ class CheckpointStore:
             kind = DeferringCheckpointEngine if self.asynchronous else TolerantCheckpointEngine
             if not isinstance(engine.checkpoint_engine, kind):
                 engine.checkpoint_engine = kind(engine._config)
-                # DeepSpeed would copy its scripts beside the checkpoints: an error of that would be rank 0's alone.
+                # DeepSpeed would copy its scripts next to the checkpoints: an error there would be raised on rank 0 only.
                 engine._copy_recovery_script = lambda save_path: None
             tag = final.name + PARTIAL_SUFFIX
             engine.save_checkpoint(str(self.folder), tag=tag, client_state=client_state, save_latest=False)
@@ -118,17 +118,17 @@ class CheckpointStore:
         self._thread.start()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the newest save has ended; return whether its checkpoint is there.
+        """Wait for the newest save; return whether it succeeded.
 
         Args:
-            timeout: seconds; None waits for ever.
+            timeout: seconds; None waits without limit.
         """
         if self._thread is not None:
             self._thread.join(timeout)
         return self._saved
 
     def _prepare(self, needed: int) -> str | None:
-        """Make room for the files; return why that is not possible, the same on all ranks."""
+        """Prepare the folder and check the free space. Return the reason it failed or None, the same on all ranks."""
         problem = None
         if is_first_rank():
             try:
@@ -144,13 +144,13 @@ class CheckpointStore:
     def _finish_in_thread(self, final: Path, *arguments) -> None:
         try:
             self._finish(final, *arguments)
-        except Exception as error:  # of a collective, when another rank has gone: the main thread will meet it too
+        except Exception as error:  # from a collective, when another rank is gone: the main thread will fail too
             self._saved = False
             self.failed_saves += 1
             print(f"checkpoint {final.name} NOT saved: {type(error).__name__}: {error}", flush=True)
 
     def _finish(self, final: Path, problem: str | None, files: TolerantCheckpointEngine, manifest: dict) -> None:
-        """Write what is not written yet, and commit; or take back what there is of a checkpoint with a problem."""
+        """Write pending files and commit; on a problem, remove the partial checkpoint."""
         problem = problem or self._write_and_commit(final, files, manifest)
         if problem is None and is_first_rank():
             self.clean_up(final)
@@ -159,19 +159,19 @@ class CheckpointStore:
             if is_first_rank():
                 shutil.rmtree(final.with_name(final.name + PARTIAL_SUFFIX), ignore_errors=True)
                 print(
-                    f"checkpoint {final.name} NOT saved: {problem}; earlier ones are untouched, training goes on",
+                    f"checkpoint {final.name} NOT saved: {problem}; earlier ones are untouched, training continues",
                     flush=True,
                 )
             dist.barrier(self._group)
         self._saved = problem is None
 
     def _write_and_commit(self, final: Path, engine_files: TolerantCheckpointEngine, manifest: dict) -> str | None:
-        """Return why it failed, the same on all ranks. Errors of the file system are exchanged, never raised by one rank."""
+        """Return the reason it failed or None, the same on all ranks. File system errors are exchanged, never raised."""
         partial = final.with_name(final.name + PARTIAL_SUFFIX)
         if problem := self._any_problem("; ".join(engine_files.finish())):
             return problem
         problem, names, mine = "", None, {}
-        # On a network file system the other ranks may see fewer files, and shares of different lists leave gaps.
+        # Rank 0 lists the files: on a network file system other ranks may see fewer, and shares of different lists leave gaps.
         if is_first_rank():
             try:
                 names = sorted(path.name for path in partial.iterdir() if path.is_file())
@@ -195,11 +195,11 @@ class CheckpointStore:
         return agree(problem, self._group) or None
 
     def _any_problem(self, mine: str) -> str:
-        """Return the problems of all ranks in one line; empty when there is none. Collective."""
+        """Return the problems of all ranks as one line, empty if there are none. Collective."""
         return "; ".join(part for part in gather(mine, self._group) if part)
 
     def _commit(self, partial: Path, final: Path, manifest: dict) -> None:
-        """Make a checkpoint of files that are all there, on the first rank."""
+        """Turn a complete partial folder into a checkpoint. Rank 0 only."""
         write_synced(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
         sync_folder(partial)
         shutil.rmtree(final, ignore_errors=True)  # a damaged one
@@ -207,9 +207,9 @@ class CheckpointStore:
         sync_folder(self.folder)
 
     def clean_up(self, newest: Path) -> None:
-        """Name the newest checkpoint in ``latest`` and remove what is not kept; errors of that take nothing from the checkpoint.
+        """Write the newest checkpoint's name to ``latest`` and remove old checkpoints; errors do not invalidate the checkpoint.
 
-        For the first rank, after every save and at the start: a run may be killed right after it has committed.
+        Rank 0 only, after every save and at the start, because a run may be killed right after a commit.
         """
         try:
             self._remove_unfinished()
@@ -219,16 +219,16 @@ class CheckpointStore:
             print(f"checkpoint {newest.name} is saved, but old ones could not be removed: {error}", flush=True)
 
     def _remove_unfinished(self) -> None:
-        """Remove what runs that were killed while they saved have left."""
+        """Remove partial folders and files of runs that were killed while saving."""
         for left in self.folder.glob(f"*{PARTIAL_SUFFIX}*"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def newest_valid(self) -> Path | None:
-        """Return the newest checkpoint whose manifest verifies, the same on all ranks; None when there is none at all.
+        """Return the newest checkpoint whose manifest verifies, the same on all ranks, or None if there are no checkpoints.
 
         Raises:
-            UserError: when there are checkpoints and every one is damaged: starting again from nothing would lose the run. When
-                one is of another run, or of another step than its folder says: it would be replaced in the course of this run.
+            UserError: when there are checkpoints but all are damaged: starting from scratch would lose the run. Also
+                when one belongs to another run or to another step than its folder's name: this run would overwrite it.
         """
         problem = agree(self._find_foreign() if is_first_rank() else None)
         if problem is not None:
@@ -236,7 +236,7 @@ class CheckpointStore:
         return newest_valid(list_checkpoints(self.folder))
 
     def _find_foreign(self) -> str | None:
-        """Return which checkpoint does not belong here; None when all do. Damaged ones are another matter."""
+        """Return an error for a checkpoint that does not belong here, or None. Damaged ones are handled elsewhere."""
         for path in list_checkpoints(self.folder):
             try:
                 manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -257,18 +257,18 @@ class CheckpointStore:
     def load(self, engine, path: Path, *, same_run: bool = True) -> dict:
         """Load a checkpoint, of any number of ranks and any ZeRO stage, into the engine and return its client state.
 
-        Shards that fit are read by DeepSpeed, each rank its own, and losses go on bit for bit; others are cut anew
-        (training/checkpoint/elastic.py), and losses go on to rounding: sums over ranks have another order.
+        With an unchanged sharding each rank's shard is read by DeepSpeed, and losses continue bit-exactly. Otherwise the shards
+        are resharded (training/checkpoint/elastic.py), and losses agree up to rounding: the order of sums over ranks changes.
 
         Args:
             engine: a DeepSpeed engine that has not trained yet.
-            path: a step's folder or a universal checkpoint, verified.
-            same_run: False keeps the optimizer's settings as this run's configuration has them, for another run's checkpoint.
+            path: a step's folder or a universal checkpoint, already verified.
+            same_run: False, for another run's checkpoint, keeps the optimizer settings of this run's configuration.
 
         Raises:
-            UserError: when it cannot be read, or is of another network.
+            UserError: when it cannot be read or belongs to another network.
         """
-        if not (path / MANIFEST).is_file():  # a universal checkpoint, which ``resume`` named
+        if not (path / MANIFEST).is_file():  # a universal checkpoint, named by ``resume``
             return load_resharded(engine, open_weights(path))
         manifest = read_manifest(path)
         fits = manifest.get("layout") == layout(engine)
@@ -276,8 +276,8 @@ class CheckpointStore:
             before, now = manifest.get(TENSOR_PARALLEL, 1), engine.mp_world_size
             tensor = "" if before == now == 1 else f", tensor_parallel {now} instead of {before}"
             print(
-                f"{path} was written by {manifest['world_size']} ranks with ZeRO stage {manifest['zero_stage']}; its shards are "
-                f"cut anew for {dist.get_world_size()} with stage {engine.zero_optimization_stage()}{tensor}",
+                f"{path} was written by {manifest['world_size']} ranks with ZeRO stage {manifest['zero_stage']}; it is "
+                f"resharded for {dist.get_world_size()} with stage {engine.zero_optimization_stage()}{tensor}",
                 flush=True,
             )
         with safe_unpickling(path):
@@ -291,15 +291,15 @@ class CheckpointStore:
         return client_state
 
     def _remove_old(self, committed: Path) -> None:
-        """Remove all but the newest ``keep_last`` that are whole, and those of ``keep_every``.
+        """Remove all checkpoints except the newest ``keep_last`` intact ones and those of ``keep_every``.
 
-        A checkpoint that has lost a file since does not count. Sizes are looked at, not contents: reading them all at every save
-        would take as long as the save.
+        A checkpoint that has since lost a file does not count. Only sizes are checked: reading all contents at every save would
+        take as long as the save.
         """
         if not self.keep_last:
             return
         paths, whole = list_checkpoints(self.folder), 0
-        # Later steps than the one just saved are damaged, or the run would have resumed from them: they do not count.
+        # Steps later than the one just saved are damaged, or the run would have resumed from them: they do not count.
         for path in reversed(paths[: paths.index(committed) + 1]):
             milestone = self.keep_every and int(path.name.removeprefix("step_")) % self.keep_every == 0
             if whole >= self.keep_last and not milestone:
@@ -308,16 +308,16 @@ class CheckpointStore:
 
 
 def newest_valid(candidates: list[Path], record: Callable[[Path], dict] = read_manifest) -> Path | None:
-    """Return the last of some checkpoints whose manifest verifies, the same on all ranks; None of none. Collective.
+    """Return the last checkpoint whose manifest verifies, the same on all ranks, or None of an empty list. Collective.
 
-    Each rank verifies a share of the files; the list is rank 0's.
+    Each rank verifies a share of the files; rank 0's list is used.
 
     Args:
-        candidates: oldest first.
-        record: what says which files a candidate has; exported ones have no manifest.
+        candidates: checkpoints, oldest first.
+        record: reads the record that lists a candidate's files; exported checkpoints have no manifest.
 
     Raises:
-        UserError: when every one is damaged.
+        UserError: when all are damaged.
     """
     candidates = agree(candidates)
     for path in reversed(candidates):
@@ -327,14 +327,12 @@ def newest_valid(candidates: list[Path], record: Callable[[Path], dict] = read_m
         if is_first_rank():
             print(f"checkpoint {path} skipped: " + "; ".join(f"{k} {v}" for k, v in sorted(problems.items())))
     if candidates:
-        raise UserError(
-            f"{candidates[0].parent}: holds {len(candidates)} checkpoints and every one is damaged; none can be resumed"
-        )
+        raise UserError(f"{candidates[0].parent}: all {len(candidates)} checkpoints are damaged; none can be resumed")
     return None
 
 
 def _bytes_to_write(engine) -> int:
-    """Return about how many bytes a checkpoint takes over all ranks. Collective."""
+    """Return the approximate size of a checkpoint in bytes over all ranks. Collective."""
     shards = [*master_shards(engine.optimizer)]
     shards += [t for state in engine.optimizer.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
     held = torch.tensor(sum(t.nbytes for t in shards), dtype=torch.float64, device=engine.device)

@@ -1,4 +1,4 @@
-"""Names in a file against names in a network: every weight exactly once, each of its shape."""
+"""Matches names in a file to names in a network: every weight exactly once, with the right shape."""
 
 from collections.abc import Mapping
 
@@ -9,14 +9,14 @@ from latte_flow.training.checkpoint.formats.source import TensorInfo, TrainingSt
 
 
 def match_weights(model: nn.Module, tensors: Mapping[str, TensorInfo | Tensor]) -> dict[str, list[str]]:
-    """Return which of a network's weights are found under which names; tied weights have several, of which one is enough.
+    """Find each of a network's weights among the given names; tied weights have several names, of which one suffices.
 
     Args:
-        model: the network; it may be on the meta device.
-        tensors: what there is.
+        model: the network; may be on the meta device.
+        tensors: the available tensors.
 
     Returns:
-        Name in the network -> the names there are, one or more.
+        Name in the network -> its available names, one or more.
 
     Raises:
         ValueError: when a weight is missing, unknown or of another shape; the message names the first few.
@@ -35,17 +35,17 @@ def match_weights(model: nn.Module, tensors: Mapping[str, TensorInfo | Tensor]) 
     for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong)):
         if names:
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise ValueError(f"weights: {len(names)} {what}: {shown}; they are not of this network")
+            raise ValueError(f"weights: {len(names)} {what}: {shown}; they do not belong to this network")
     return {names[0]: [name for name in names if name in tensors] for names in names_of.values()}
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor] | WeightSource, kind: str | None = None) -> None:
-    """Load weights into a network, one after the other; every parameter exactly once.
+    """Load weights into a network one at a time, every parameter exactly once.
 
     Args:
         model: the network.
-        weights: a state dict, or where to read one.
-        kind: which weights of a source; None for its first.
+        weights: a state dict, or a source to read it from.
+        kind: the kind of weights to read from a source; None for its first.
 
     Raises:
         ValueError: as ``match_weights``, before anything is loaded; or when a file is damaged.
@@ -59,13 +59,13 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor] | WeightSource,
 
 
 class MatchedSource(WeightSource):
-    """A source under the names of a network, one name a weight, of one kind and type.
+    """A view of a source under the names of a network: one name per weight, one kind, one dtype.
 
     Args:
-        source: what is read.
-        model: the network that it must be of; it may be on the meta device.
-        kind: which of the source's weights ``read`` returns.
-        dtype: what floating-point weights are cast to; None leaves them as they are.
+        source: the source to read.
+        model: the network it must match; may be on the meta device.
+        kind: the kind of weights that ``read`` returns.
+        dtype: dtype to cast floating-point weights to; None keeps theirs.
 
     Raises:
         ValueError: as ``match_weights``, or when weights that are tied in the network differ in the source.
@@ -98,7 +98,7 @@ class MatchedSource(WeightSource):
         return tensor.to(self._cast(tensor.dtype))
 
     def keep_training_state(self) -> None:
-        """Offer all that the source has for going on with a training, its weights as they were trained."""
+        """Also expose the source's training state and all its kinds of tensors, for resuming training."""
         self.training_state: TrainingState | None = self._source.training_state
         self.kinds = self._source.kinds
 

@@ -1,4 +1,4 @@
-"""Which format a path holds, and its reader."""
+"""Detects the format of a path and returns its reader."""
 
 from pathlib import Path
 
@@ -23,19 +23,19 @@ TORCH_INDEX = torch_files.WEIGHTS_FILE + ".index.json"
 
 
 def open_weights(path: Path) -> WeightSource:
-    """Return a reader of what a path holds.
+    """Return a reader for the weights at a path.
 
     Raises:
-        ValueError: when it is missing, damaged, of no kind that is known, or of several; the message names the file.
+        ValueError: when it is missing, damaged, in no known format, or in several; the message names the file.
     """
     if not path.exists():
         raise ValueError(f"{path}: not found; {ACCEPTED}")
     found = _recognise(path)
     if not found:
-        raise ValueError(f"{path}: holds no weights of a kind that is known; {ACCEPTED}")
+        raise ValueError(f"{path}: holds no weights in a known format; {ACCEPTED}")
     if len(found) > 1:
         names = ", ".join(reader.__name__.removesuffix("Source") for reader, _ in found)
-        raise ValueError(f"{path}: holds several kinds of weights ({names}); accepted: the path of one of them")
+        raise ValueError(f"{path}: holds weights in several formats ({names}); accepted: the path of one of them")
     folder = path if path.is_dir() else path.parent
     record = read_export_record(folder)
     if record is not None:
@@ -50,7 +50,7 @@ def open_weights(path: Path) -> WeightSource:
 
 
 def _recognise(path: Path) -> list[tuple[type, Path]]:
-    """Return (reader, what to give it) of all that a path holds."""
+    """Return (reader, path to open) for every format found at a path."""
     if path.is_file():
         if path.name.endswith(".safetensors.index.json") or path.suffix == ".safetensors":
             return [(SafetensorsSource, path)]
@@ -77,7 +77,7 @@ def _recognise(path: Path) -> list[tuple[type, Path]]:
 
 
 def _recognise_any_name(folder: Path) -> list[tuple[type, Path]]:
-    """Return the only index of shards, or the only file of weights, whatever its name."""
+    """Return the only shard index or the only weight file in a folder, whatever its name."""
     for reader, patterns in (
         (SafetensorsSource, ("*.safetensors.index.json", "*.safetensors")),
         (TorchFileSource, ("*.bin.index.json", *(f"*{suffix}" for suffix in SUFFIXES))),

@@ -27,7 +27,7 @@ DTYPES = {
 
 
 class SafetensorsSource(WeightSource):
-    """One file, or the shards that an index names.
+    """Reads one file, or the shards listed in an index.
 
     Args:
         path: a .safetensors file or an .index.json.
@@ -51,11 +51,11 @@ class SafetensorsSource(WeightSource):
                 self.kinds = (metadata.get("weights", MODEL),)
                 for name in list(opened.keys()):
                     if name in self._file_of:
-                        raise ValueError(f"{file}: holds {name}, which {self._file_of[name].name} holds too")
+                        raise ValueError(f"{file}: holds {name}, which {self._file_of[name].name} also holds")
                     part = opened.get_slice(name)
                     self._file_of[name] = file
                     if part.get_dtype() not in DTYPES:
-                        raise ValueError(f"{file}: {name} is of type {part.get_dtype()}; accepted: {', '.join(DTYPES)}")
+                        raise ValueError(f"{file}: {name} has dtype {part.get_dtype()}; accepted: {', '.join(DTYPES)}")
                     self._tensors[name] = TensorInfo(torch.Size(part.get_shape()), DTYPES[part.get_dtype()])
         if len(steps) > 1:
             raise ValueError(
@@ -66,7 +66,7 @@ class SafetensorsSource(WeightSource):
         self.step = int(step) if step is not None and step.isdigit() else None
         for name, announced in (placed or {}).items():
             if name not in self._file_of:
-                raise ValueError(f"{path}: {name} is not in {announced}, where the index says it is")
+                raise ValueError(f"{path}: {name} is not in {announced}, where the index places it")
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -86,14 +86,14 @@ def _open(file: Path):
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Return tensor name -> file name of a Hugging Face index of shards; files are in the index's own folder.
+    """Return tensor name -> file name from a Hugging Face shard index; the files are in the folder of the index.
 
     Raises:
-        ValueError: when it is damaged or leads out of its folder.
+        ValueError: when it is damaged or refers to files outside its folder.
     """
     with reading(path):
         placed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         for name, file in placed.items():
             if not isinstance(file, str) or Path(file).name != file:
-                raise ValueError(f"{path}: says that {name} is in {file!r}; accepted: a file beside the index")
+                raise ValueError(f"{path}: places {name} in {file!r}; accepted: a file in the folder of the index")
     return placed

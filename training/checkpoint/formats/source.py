@@ -1,7 +1,7 @@
-"""What a reader of any format offers: which tensors there are, and one of them at a time.
+"""The interface of all readers: lists the tensors of a source and reads them one at a time.
 
-An exported folder has, beside its weights, export.json: which format, which weights, of which step, and each file's size and
-SHA-256. Files that other programs wrote have none, and are read all the same.
+An exported folder also holds export.json: the format, the kind of weights, the step, and the size and SHA-256 of each file.
+Files written by other programs have none and are read without it.
 """
 
 import json
@@ -16,34 +16,34 @@ import torch
 from torch import Tensor
 
 MODEL, EMA = "model", "ema"
-"""Kinds of tensors: the trained weights, and their moving average. Optimizer states go by their names in AdamW."""
+"""Kinds of tensors: the trained weights and their moving average. Optimizer states have their AdamW names."""
 EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
 EXPORT_FILE = "export.json"
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Shape and type of a tensor that has not been read."""
+    """Shape and dtype of a tensor that has not been read."""
 
     shape: torch.Size
     dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
-        """Size of the contents."""
+        """Size of the tensor's data in bytes."""
         return self.shape.numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a run needs beside weights and optimizer states to go on from a checkpoint.
+    """What a run needs to resume from a checkpoint, in addition to weights and optimizer tensors.
 
     Attributes:
         shapes: name -> shape of the trained parameters.
-        state_keys: kinds of tensors that the optimizer keeps of each: exp_avg, exp_avg_sq, ema.
-        updates: optimizer updates done.
-        model_states: DeepSpeed's counters, and what the trainer added; no tensors of the model.
-        optimizer: the optimizer's state without the tensors of parameters: param_groups among others.
+        state_keys: optimizer tensors of each parameter: exp_avg, exp_avg_sq, ema.
+        updates: number of optimizer updates done.
+        model_states: DeepSpeed's counters and the trainer's entries; no tensors of the model.
+        optimizer: the optimizer state without tensors of parameters, such as param_groups.
     """
 
     shapes: Mapping[str, torch.Size]
@@ -57,11 +57,11 @@ class WeightSource(ABC):
     """Named tensors in the files of one format.
 
     Attributes:
-        format: as ``--to`` of tools/convert_checkpoint.py calls it.
-        path: what was opened.
-        kinds: which kinds of tensors there are; the first is the one that ``read`` returns unless asked.
-        step: optimizer steps that the weights were trained for; None when nothing says.
-        world_size: how many ranks' files were put together; 1 for formats that know no ranks.
+        format: name of the format, as in ``--to`` of tools/convert_checkpoint.py.
+        path: the opened path.
+        kinds: available kinds of tensors; the first is the default of ``read``.
+        step: optimizer steps the weights were trained for; None if not recorded.
+        world_size: number of ranks whose files are combined; 1 for formats without ranks.
     """
 
     format: str
@@ -70,27 +70,27 @@ class WeightSource(ABC):
     step: int | None = None
     world_size: int = 1
     training_state: TrainingState | None = None
-    """Only of formats that training can go on from."""
+    """Only for formats that training can resume from."""
 
     @property
     def default_kind(self) -> str:
-        """The weights to draw images with: the average where there is one."""
+        """The weights to sample with: the average if there is one."""
         return EMA if EMA in self.kinds else self.kinds[0]
 
     @property
     @abstractmethod
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Name -> shape and type of all weights, buffers included; tied ones under one name or all."""
+        """Name -> shape and dtype of all weights, including buffers; tied weights under one of their names or all."""
 
     def read(self, name: str, kind: str | None = None) -> Tensor:
-        """Return a tensor, on the CPU. Untrained ones are the same for all kinds.
+        """Return a tensor on the CPU. Untrained tensors are the same for all kinds.
 
         Args:
             name: one of ``tensors``.
             kind: one of ``kinds``; None for the first.
 
         Raises:
-            ValueError: when the file is damaged, or holds no such kind.
+            ValueError: when the file is damaged or does not hold this kind.
         """
         if kind is not None and kind not in self.kinds:
             raise ValueError(f"{self.path}: holds no {kind}; accepted: {', '.join(self.kinds)}")
@@ -98,11 +98,11 @@ class WeightSource(ABC):
 
     @abstractmethod
     def _read(self, name: str, kind: str) -> Tensor:
-        """``read`` for a kind that there is; formats of one kind need not look at it."""
+        """Implement ``read`` for an available kind; formats with a single kind may ignore it."""
 
 
 def read_export_record(folder: Path) -> dict | None:
-    """Return what export.json says; None when there is none.
+    """Return the content of export.json, or None if there is none.
 
     Raises:
         ValueError: when it is damaged.
@@ -138,7 +138,7 @@ def require_export_record(folder: Path) -> dict:
 
 
 def check_export_sizes(folder: Path, record: dict) -> None:
-    """Raise ValueError when a file of an exported folder is missing or has another size than export.json says."""
+    """Raise ValueError when a file of an exported folder is missing or its size differs from export.json."""
     for name, entry in record["files"].items():
         file = folder / name
         if not file.is_file():
@@ -148,17 +148,17 @@ def check_export_sizes(folder: Path, record: dict) -> None:
 
 
 def trained_step(model_states: Mapping) -> int | None:
-    """Return the step that DeepSpeed's file of counters is of: the trainer's, or DeepSpeed's own."""
+    """Return the step recorded in DeepSpeed's model states: the trainer's, or DeepSpeed's own."""
     return next((model_states[key] for key in ("step", "global_steps") if isinstance(model_states.get(key), int)), None)
 
 
 def kinds_of_training(state_keys: Sequence[str]) -> tuple[str, ...]:
-    """Return the kinds of tensors of a checkpoint with an optimizer's states: the weights, their average, the others."""
+    """Return the kinds of tensors in a checkpoint with optimizer state: the weights, their average, the others."""
     return (MODEL, *sorted(state_keys, key=lambda key: key != EMA))
 
 
 def check_counters(path: Path, model_states: Mapping, updates: int) -> None:
-    """Raise ValueError when DeepSpeed's counters and the optimizer's are not of the same step."""
+    """Raise ValueError when DeepSpeed's counters and the optimizer's disagree on the step."""
     steps, skipped = model_states["global_steps"], model_states["skipped_steps"]
     if steps - skipped != updates:
         raise ValueError(
@@ -169,30 +169,30 @@ def check_counters(path: Path, model_states: Mapping, updates: int) -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn whatever a library says of a damaged or hostile file into a ValueError that names the file."""
+    """Turn any library error about a damaged or malicious file into a ValueError that names the file."""
     try:
         yield
     except pickle.UnpicklingError as error:
         line = next((li.strip() for li in str(error).splitlines() if "Unsupported" in li or "GLOBAL" in li), error)
-        raise ValueError(f"{path}: holds something that is no weight, and was not executed ({line})") from error
+        raise ValueError(f"{path}: holds an object that is not a weight and was not executed ({line})") from error
     except (OSError, RuntimeError, EOFError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
             raise ValueError(f"{error.filename or path}: not found") from error
         if str(error).startswith(str(path)):
             raise
-        raise ValueError(f"{path}: damaged or of another kind ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path}: damaged or in another format ({type(error).__name__}: {error})") from error
 
 
 def load_torch_file(path: Path):
-    """Read a file of torch.save, memory-mapped, without executing anything in it.
+    """Read a file written by torch.save, memory-mapped, without executing code from it.
 
     Raises:
-        ValueError: when it is damaged or names anything but tensors and plain containers.
+        ValueError: when it is damaged or contains anything but tensors and plain containers.
     """
     with reading(path):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
-            if "mmap" not in str(error):  # files older than torch 1.6 cannot be mapped
+            if "mmap" not in str(error):  # files written before torch 1.6 cannot be memory-mapped
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,6 +1,6 @@
 """torch's distributed checkpoints (DCP), and Megatron's dist_checkpointing, which is DCP with common.pt and metadata.json.
 
-A DCP's .metadata is a pickle. It is read with an unpickler that knows DCP's own classes and no others.
+DCP's .metadata is a pickle. It is read with an unpickler that allows only DCP's own classes.
 """
 
 import json
@@ -43,12 +43,12 @@ ALLOWED = {
     },
     "collections": {"OrderedDict"},
 }  # fmt: skip
-"""Module -> what may be named in .metadata; none of it does anything when it is called."""
+"""Module -> names allowed in .metadata; calling them has no side effects."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
-        if module == "pathlib":  # where it was written, which is of no use
+        if module == "pathlib":  # the path it was written to, which is not needed
             return PurePosixPath
         if name not in ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is not allowed in {METADATA_FILE}")
@@ -60,12 +60,12 @@ def _read_metadata(path: Path) -> Metadata:
         metadata = _MetadataUnpickler(stream).load()
         for info in metadata.storage_data.values():
             if Path(info.relative_path).name != info.relative_path:
-                raise ValueError(f"{path}: names the file {info.relative_path!r}; accepted: one beside it")
+                raise ValueError(f"{path}: names the file {info.relative_path!r}; accepted: a file in the same folder")
     return metadata
 
 
 class _OneTensorReader(FileSystemReader):
-    """torch's reader, told of one tensor alone: it would unpickle .metadata and look through all of it for every tensor."""
+    """torch's reader restricted to one tensor's metadata: it would otherwise unpickle and scan all of .metadata per tensor."""
 
     def __init__(self, path: Path, metadata: Metadata):
         super().__init__(path)
@@ -76,7 +76,7 @@ class _OneTensorReader(FileSystemReader):
 
 
 class DistributedCheckpointSource(WeightSource):
-    """The tensors of a DCP folder, put together from whatever parts they were written in. Other objects are left alone.
+    """The tensors of a DCP folder, assembled from the chunks they were written in. Other objects are ignored.
 
     Args:
         path: a folder with a .metadata file.
@@ -104,7 +104,7 @@ class DistributedCheckpointSource(WeightSource):
         if any(parts.values()):
             for name, there in parts.items():
                 if not there:
-                    raise ValueError(f"{path / name}: is missing; Megatron's dist_checkpointing has both, a DCP none")
+                    raise ValueError(f"{path / name}: is missing; Megatron's dist_checkpointing has both, DCP neither")
             self.format = "megatron-dist"
             self._read_common()
 
@@ -128,7 +128,7 @@ class DistributedCheckpointSource(WeightSource):
         with reading(self.path), quiet_dcp():
             try:
                 dcp.load(state, storage_reader=_OneTensorReader(self.path, metadata), no_dist=True)
-            except dcp.api.CheckpointException as error:  # wraps what went wrong, with its traceback, in one per rank
+            except dcp.api.CheckpointException as error:  # wraps the error and its traceback, per rank
                 cause = next(iter(error.failures.values()))[0]
                 raise ValueError(f"{self.path}: {name}: {type(cause).__name__}: {cause}") from error
         return state[name]
@@ -136,7 +136,7 @@ class DistributedCheckpointSource(WeightSource):
 
 @contextmanager
 def quiet_dcp() -> Iterator[None]:
-    """Keep DCP from announcing that there is only one process, which is meant."""
+    """Suppress DCP's warning that there is only one process, which is intended."""
     disabled = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

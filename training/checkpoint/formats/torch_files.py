@@ -1,4 +1,4 @@
-"""Files of torch.save: a state dict, shards of one with an index, and Megatron's tensor-parallel ranks (mp_rank_XX)."""
+"""Files written by torch.save: a state dict, its shards with an index, and Megatron's tensor-parallel ranks (mp_rank_XX)."""
 
 import re
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from latte_flow.training.checkpoint.formats.safetensors_files import read_index
 from latte_flow.training.checkpoint.formats.source import TensorInfo, WeightSource, load_torch_file
 
 WEIGHTS_FILE = "pytorch_model.bin"
-"""As transformers calls it."""
+"""File name used by transformers."""
 SUFFIXES = (".pt", ".pth", ".bin")
 WRAPPERS = ("model", "module", "state_dict")
-"""Keys that a file may hold its state dict under."""
+"""Keys under which a file may hold its state dict."""
 DEEPSPEED_SUFFIXES = ("_model_states.pt", "_optim_states.pt")
 RANK_FILE = "model_optim_rng.pt"
 RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})")
@@ -23,7 +23,7 @@ ITERATION_FILE = "latest_checkpointed_iteration.txt"
 
 
 class TorchFileSource(WeightSource):
-    """A state dict in one file, or in the shards that an index names.
+    """A state dict in one file, or in the shards listed in an index.
 
     Args:
         path: a .pt, .pth or .bin file, or a .bin.index.json.
@@ -40,10 +40,10 @@ class TorchFileSource(WeightSource):
         steps = set()
         for file in files:
             if file.name.endswith(DEEPSPEED_SUFFIXES):
-                raise ValueError(f"{file}: is a part of a DeepSpeed checkpoint; accepted: the folder, {file.parent}")
+                raise ValueError(f"{file}: is part of a DeepSpeed checkpoint; accepted: its folder, {file.parent}")
             state, step = _unwrap(file, load_torch_file(file))
             if twice := self._state.keys() & state.keys():
-                raise ValueError(f"{file}: holds {min(twice)}, which another shard holds too")
+                raise ValueError(f"{file}: holds {min(twice)}, which another shard also holds")
             self._state |= state
             steps.add(step)
         if len(steps) > 1:
@@ -59,7 +59,7 @@ class TorchFileSource(WeightSource):
 
 
 def _unwrap(file: Path, content) -> tuple[dict[str, Tensor], int | None]:
-    """Return the state dict in a file's content, and the step if it is said."""
+    """Return the state dict in a file's content, and the step if recorded."""
     step = None
     if isinstance(content, dict):
         step = next((content[key] for key in ("step", "iteration") if isinstance(content.get(key), int)), None)
@@ -73,10 +73,10 @@ def _unwrap(file: Path, content) -> tuple[dict[str, Tensor], int | None]:
 
 
 class MegatronRanksSource(WeightSource):
-    """The parts of tensor-parallel ranks: ``mp_rank_XX/model_optim_rng.pt`` in a folder.
+    """The shards of Megatron's tensor-parallel ranks: ``mp_rank_XX/model_optim_rng.pt`` in a folder.
 
     Args:
-        path: the folder; or one with iter_XXXXXXX folders, of which latest_checkpointed_iteration.txt names one.
+        path: the folder; or one with iter_XXXXXXX folders, from which latest_checkpointed_iteration.txt selects one.
 
     Raises:
         ValueError: when a rank is missing, or ranks are of different steps.
@@ -108,7 +108,7 @@ class MegatronRanksSource(WeightSource):
         for rank, state in enumerate(self._states):
             first = self._states[0]
             if other := state.keys() ^ first.keys():
-                raise ValueError(f"{path}: {min(other)} is in the part of rank 0 or {rank}, and not of the other")
+                raise ValueError(f"{path}: {min(other)} is in the part of only one of the ranks 0 and {rank}")
             for name, part in state.items():
                 if (part.shape, part.dtype) != (first[name].shape, first[name].dtype):
                     raise ValueError(
@@ -129,7 +129,7 @@ class MegatronRanksSource(WeightSource):
 
 
 def find_iteration(path: Path) -> Path:
-    """Return the folder of Megatron's newest iteration, or the path itself when it is one."""
+    """Return the folder of Megatron's newest iteration, or the path itself if it is one."""
     if any(RANK_FOLDER.fullmatch(p.name) for p in path.iterdir()):
         return path
     note = path / ITERATION_FILE
@@ -138,12 +138,12 @@ def find_iteration(path: Path) -> Path:
         name = f"iter_{int(text):07d}" if text.isascii() and text.isdigit() else text
         if ITERATION_FOLDER.fullmatch(name) and (path / name).is_dir():
             return path / name
-        raise ValueError(f"{note}: names {text!r}, and {path} has no such iteration")
+        raise ValueError(f"{note}: names {text!r}, but {path} has no such iteration")
     raise ValueError(f"{path}: holds no mp_rank_XX folder and no {ITERATION_FILE}")
 
 
 def has_megatron_ranks(path: Path) -> bool:
-    """Return whether a folder is one of Megatron's, of tensor-parallel ranks."""
+    """Return whether a folder holds Megatron's tensor-parallel ranks."""
     return (path / ITERATION_FILE).is_file() or any(
         RANK_FOLDER.fullmatch(p.name) and (p / RANK_FILE).is_file() for p in path.iterdir()
     )

@@ -1,10 +1,10 @@
-"""DeepSpeed's universal checkpoint: every parameter and optimizer state whole, in a file of its own.
+"""DeepSpeed's universal checkpoint: every parameter and optimizer state unsharded, each in its own file.
 
-    zero/NAME/fp32.pt, exp_avg.pt, exp_avg_sq.pt, step.pt     a trained parameter; ema.pt is ours
+    zero/NAME/fp32.pt, exp_avg.pt, exp_avg_sq.pt, step.pt     a trained parameter; ema.pt is our addition
     zero/optimizer_state.pt                                   the optimizer's settings
-    mp_rank_00_model_states.pt                                the model's weights in its own type, frozen ones, counters
+    mp_rank_00_model_states.pt                                the model's weights in their own dtype, frozen weights, counters
 
-``deepspeed.checkpoint.ds_to_universal`` writes the same without ema.pt, of which it knows nothing.
+``deepspeed.checkpoint.ds_to_universal`` writes the same without ema.pt, which it does not know.
 """
 
 from collections.abc import Mapping
@@ -36,14 +36,14 @@ MODULE = "module"
 
 
 class _LossScaler:
-    """Stands for DeepSpeed's class of that name, whose content is of no use here."""
+    """Stand-in for DeepSpeed's class of that name, whose content is not needed."""
 
 
 STAND_INS: list = [
     (_LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
 ]
-"""What DeepSpeed's optimizer_state.pt names, and what is taken for it."""
+"""(stand-in, class named in DeepSpeed's optimizer_state.pt)."""
 
 
 class UniversalSource(WeightSource):
@@ -74,7 +74,7 @@ class UniversalSource(WeightSource):
         if missing:
             raise ValueError(f"{path}: {ZERO_FOLDER}/{missing[0]}/{WEIGHT_KEY}.pt is missing")
         self._folders = {name: folders[name] for name in shapes}
-        # A part of a tensor-parallel rank has another shape than the whole, which is what the files hold.
+        # param_shapes has the shapes of one tensor-parallel rank's part; the files hold whole parameters.
         whole = {name: self._load(name, WEIGHT_KEY) for name in shapes}
         self._shapes = {
             name: tensor.shape if tensor.shape.numel() != shapes[name].numel() else shapes[name]
@@ -101,14 +101,14 @@ class UniversalSource(WeightSource):
             check_counters(path, states, self.training_state.updates)
 
     def _join(self, name: str, shape: torch.Size | None, fragments: list[dict]) -> Tensor:
-        """Return an untrained tensor. DeepSpeed's converter leaves those of stage 3 cut into ranks' parts, the last padded."""
+        """Return an untrained tensor. DeepSpeed's converter leaves those of stage 3 sharded over ranks, the last one padded."""
         parts = [module[name] for module in self._modules]
         if shape is not None and parts[0].shape != shape and all(name in fragment for fragment in fragments):
             return torch.cat([fragment[name].flatten() for fragment in fragments])[: shape.numel()].view(shape)
         return join_parts(name, parts)
 
     def _updates(self, settings: dict) -> int:
-        """Return how many updates the optimizer has done; every parameter must say the same."""
+        """Return the number of optimizer updates; all parameters must agree."""
         steps: dict[int, str] = {}
         for name, folder in self._folders.items():
             file = folder / f"{STEP_KEY}.pt"
@@ -119,7 +119,7 @@ class UniversalSource(WeightSource):
             raise ValueError(f"{self.path}: {one} is of update {first}, {other} of update {second}")
         if steps:
             return next(iter(steps))
-        with reading(self.path / ZERO_FOLDER / OPTIMIZER_FILE):  # as DeepSpeed writes it of stage 3
+        with reading(self.path / ZERO_FOLDER / OPTIMIZER_FILE):  # where DeepSpeed writes it under stage 3
             return int(settings["optimizer_state_dict"]["state"][0][STEP_KEY])
 
     @property
@@ -130,7 +130,7 @@ class UniversalSource(WeightSource):
     def _read(self, name: str, kind: str) -> Tensor:
         if name not in self._shapes:
             return self._untrained[name].clone()
-        # One that holds nothing but averaged weights has them in the place of the weights.
+        # A checkpoint with only averaged weights stores them in place of the trained ones.
         key = kind if kind in self._state_keys else WEIGHT_KEY
         tensor, shape = self._load(name, key), self._shapes[name]
         if tensor.numel() != shape.numel():

@@ -1,9 +1,9 @@
-"""What the shards of a ZeRO checkpoint hold, by the names of the parameters, for every stage and number of ranks.
+"""Reads parameters by name from the shards of a ZeRO checkpoint, for every stage and number of ranks.
 
-Stages 1 and 2 lay all parameters of an optimizer group end to end and cut the row into one part a rank; stage 3 cuts every
-parameter into equal parts, the last one padded, and each rank lays its parts end to end. With tensor parallelism each of the
-ranks that share a network has shards of its own part of it. The files are memory-mapped: reading a parameter reads its bytes and
-no others.
+Stages 1 and 2 flatten and concatenate all parameters of an optimizer group and split the result into one part per rank; stage 3
+splits every parameter into equal parts, the last one padded, and each rank concatenates its parts. With tensor parallelism every
+tensor-parallel rank has shards of its own part of the network. The files are memory-mapped: reading a parameter reads only its
+bytes.
 """
 
 import math
@@ -23,19 +23,19 @@ from latte_flow.training.checkpoint.formats.source import TensorInfo, check_coun
 OPTIMIZER_SUFFIX = "_optim_states.pt"
 MODEL_SUFFIX = "_model_states.pt"
 TENSOR_RANK = re.compile(r"mp_rank_(\d+)")
-"""The tensor-parallel rank in the name of a file."""
+"""The tensor-parallel rank in a file name."""
 STEP_KEY = "step"
 STATE_KEYS = {
     1: ("single_partition_of_fp32_groups", "base_optimizer_state"),
     2: ("single_partition_of_fp32_groups", "base_optimizer_state"),
     3: ("fp32_flat_groups", "optimizer_state_dict"),
 }
-"""Where a stage's shard keeps the master weights and the base optimizer's state."""
+"""Stage -> the keys of the master weights and of the base optimizer's state in a shard."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of elements of one rank's flat tensor number ``flat``."""
+    """A contiguous range of elements in flat tensor number ``flat`` of one rank."""
 
     rank: int
     flat: int
@@ -44,25 +44,25 @@ class Piece:
 
 
 class ZeroShards:
-    """The trained state in the files of one checkpoint, whole. Open it inside checkpoint_io.safe_unpickling.
+    """The complete trained state in the files of one checkpoint. Open it inside checkpoint.io.safe_unpickling.
 
     Args:
-        folder: of one step.
+        folder: folder of one step.
 
     Attributes:
-        stage: of ZeRO, 1 to 3.
-        world_size: how many ranks wrote it.
-        tensor_parallel: how many of them shared a network.
+        stage: ZeRO stage, 1 to 3.
+        world_size: number of ranks that wrote it.
+        tensor_parallel: number of tensor-parallel ranks that shared a network.
         shapes: name -> shape of the trained parameters.
-        state_keys: what the optimizer keeps of each parameter: exp_avg, exp_avg_sq, ema; none before the first update.
-        updates: optimizer updates done; steps that were skipped are none.
-        model_states: DeepSpeed's file of the first rank: counters, and what the trainer added. Of its weights, that rank's part.
-        param_groups: the optimizer's settings of each of its groups.
+        state_keys: optimizer tensors of each parameter: exp_avg, exp_avg_sq, ema; empty before the first update.
+        updates: number of optimizer updates done, not counting skipped steps.
+        model_states: the DeepSpeed model states of rank 0: counters, the trainer's entries, and that rank's part of the weights.
+        param_groups: the settings of each optimizer group.
 
     Raises:
         FileNotFoundError: when the folder has no such files.
-        ValueError: when shards are missing, or of different steps; of the methods, when tensor-parallel ranks disagree about what
-            all of them hold.
+        ValueError: when shards are missing or of different steps; from the methods, when tensor-parallel ranks disagree about
+            replicated values.
     """
 
     def __init__(self, folder: Path):
@@ -83,11 +83,11 @@ class ZeroShards:
         self._check_complete()
 
     def _check_complete(self) -> None:
-        """Refuse a part of a checkpoint, and one put together of several."""
+        """Reject an incomplete checkpoint, and a mixture of several checkpoints."""
         written_by = self.model_states["dp_world_size"] * self.model_states["mp_world_size"]
         if written_by != self.world_size:
             raise ValueError(
-                f"{self._folder}: holds the shards of {self.world_size} ranks, but {written_by} have written it"
+                f"{self._folder}: holds the shards of {self.world_size} ranks, but {written_by} ranks wrote it"
             )
         updates = {number for part in self._parts for number in part.all_updates}
         if len(updates) > 1:
@@ -97,15 +97,15 @@ class ZeroShards:
                 check_counters(self._folder, states, self.updates)
 
     def read(self, name: str, key: str | None = None) -> Tensor:
-        """Return a trained parameter's float32 master weight, or what the optimizer keeps of it under ``key``."""
+        """Return a trained parameter's float32 master weight, or its optimizer tensor ``key``."""
         return self._join(name, self.read_parts(name, key))
 
     def read_parts(self, name: str, key: str | None = None) -> list[Tensor]:
-        """Return what each tensor-parallel rank holds of what ``read`` returns: its part, or the whole."""
+        """Return each tensor-parallel rank's part of what ``read`` returns (the whole tensor if it is replicated)."""
         return [part.read(name, key) for part in self._parts]
 
     def read_all(self, key: str | None = None) -> dict[str, Tensor]:
-        """Return name -> tensor of the whole model: trained parameters as ``read``, frozen ones, buffers, tied names."""
+        """Return name -> tensor for the whole model: trained parameters as ``read``, frozen ones, buffers, tied names."""
         tensors = {name: self.read_untrained(name) for name in self.untrained}
         tensors |= {name: self.read(name, key) for name in self.shapes}
         tied = {
@@ -115,14 +115,14 @@ class ZeroShards:
 
     @property
     def untrained(self) -> dict[str, TensorInfo]:
-        """Name -> shape and type of the parameters that are not trained and of the buffers."""
+        """Name -> shape and dtype of the untrained parameters and the buffers."""
         return {
             name: TensorInfo(whole_shape(name, info.shape, self.tensor_parallel), info.dtype)
             for name, info in self._parts[0].untrained.items()
         }
 
     def read_untrained(self, name: str) -> Tensor:
-        """Return a parameter that is not trained, or a buffer, in its own type."""
+        """Return an untrained parameter or a buffer in its own dtype."""
         return self._join(name, [part.read_untrained(name) for part in self._parts])
 
     def _join(self, name: str, parts: list[Tensor]) -> Tensor:
@@ -133,11 +133,11 @@ class ZeroShards:
 
 
 class _NetworkPart:
-    """What ``ZeroShards`` says of itself, for the part of the network that one tensor-parallel rank holds.
+    """Like ``ZeroShards``, for the part of the network that one tensor-parallel rank holds.
 
     Args:
-        model_files: with the part's weights; under stage 3 one a data-parallel rank.
-        optimizer_files: its shards, one a data-parallel rank.
+        model_files: files with the part's weights; under stage 3 one per data-parallel rank.
+        optimizer_files: its shards, one per data-parallel rank.
     """
 
     def __init__(self, model_files: list[str], optimizer_files: list[str]):
@@ -171,7 +171,7 @@ class _NetworkPart:
     @property
     def untrained(self) -> dict[str, TensorInfo]:
         module, shared = self.model_states["module"], self.model_states["shared_params"]
-        # DeepSpeed's list of frozen parameters is left out by stage 1: they are what the module has beside the others.
+        # Stage 1 does not save DeepSpeed's list of frozen parameters: they are the remaining names of the module.
         names = [name for name in module if name not in self.shapes and name not in shared]
         return {n: TensorInfo(torch.Size(self._frozen_shapes.get(n, module[n].shape)), module[n].dtype) for n in names}
 
@@ -179,7 +179,7 @@ class _NetworkPart:
         own, shape = self.model_states["module"][name], self._frozen_shapes.get(name)
         if self.stage < 3 or shape is None:
             return own
-        # Under stage 3 a module's parameters are empty, and each rank has a fragment, the last one padded.
+        # Under stage 3 the module's parameters are empty and each rank has a fragment, the last one padded.
         fragments = [states[constants.FROZEN_PARAM_FRAGMENTS][name].flatten() for states in self.all_model_states]
         return torch.cat(fragments)[: shape.numel()].view(shape)
 
@@ -193,7 +193,7 @@ class _NetworkPart:
 
     def _locate_by_group(self) -> Iterator[tuple[str, list[Piece]]]:
         for group, shapes in enumerate(self._param_shapes):
-            # Only the end of the row is padded, and the padding is not saved with the master weights.
+            # Only the end of the flat tensor is padded, and the padding is not saved with the master weights.
             lengths = [masters[group].numel() for masters in self._masters]
             starts = [sum(lengths[:rank]) for rank in range(self.world_size)]
             paddings = self._paddings[group] if self._paddings else [0] * len(shapes)
@@ -208,7 +208,7 @@ class _NetworkPart:
                 offset = end + padding
 
     def _locate_by_rank(self) -> Iterator[tuple[str, list[Piece]]]:
-        lengths = [flat.numel() for flat in self._masters[0]]  # every rank's are as long
+        lengths = [flat.numel() for flat in self._masters[0]]  # the same on every rank
         starts = [sum(lengths[:flat]) for flat in range(len(lengths))]
         offset = 0
         for name, shape in self.shapes.items():
@@ -232,7 +232,7 @@ def _by_tensor_rank(files: list[str]) -> dict[int, list[str]]:
     result: dict[int, list[str]] = {}
     for file in files:
         match = TENSOR_RANK.search(Path(file).name)
-        assert match is not None  # the files were listed by their names
+        assert match is not None  # the files were found by name
         result.setdefault(int(match[1]), []).append(file)
     return result
 

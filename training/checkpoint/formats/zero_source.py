@@ -1,4 +1,4 @@
-"""The ZeRO shards of a DeepSpeed checkpoint, offered as the readers of exported formats offer theirs."""
+"""The ZeRO shards of a DeepSpeed checkpoint behind the same interface as the exported formats."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +28,7 @@ class ZeroSource(WeightSource):
     """Reads the shards of one step.
 
     Args:
-        path: a folder of DeepSpeed's files; ours have a manifest beside them, which is not looked at here.
+        path: a folder of DeepSpeed's files. A manifest next to them is not checked here.
 
     Raises:
         UserError: when shards are missing, damaged or of different steps.
@@ -63,4 +63,4 @@ class ZeroSource(WeightSource):
         return self._shards.read(name, None if kind == MODEL else kind)
 
 
-assert EMA == EMA_KEY  # exported weights are called as the optimizer calls its state
+assert EMA == EMA_KEY  # exported weights use the optimizer's name for its state
