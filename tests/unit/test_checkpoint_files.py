@@ -288,3 +288,24 @@ def test_old_ones_that_cannot_be_removed_take_nothing_from_the_new_one(tmp_path,
     assert "step_0000002 is saved, but old ones could not be removed: [Errno 16]" in capsys.readouterr().out
     assert (store.folder / "latest").read_text() == step_name(2)
     assert [path.name for path in list_checkpoints(store.folder)] == [step_name(1), step_name(2)]
+
+
+def test_a_shard_that_the_manifest_does_not_list(folder):
+    (folder / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"of another run")
+    (folder / "notes.txt").write_text("a user's own")
+    assert problems(folder) == {
+        "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt": "is a shard that the manifest does not list"
+    }
+
+
+@pytest.mark.parametrize("name", ["step_0000008", "step_00000007", "step_٠٠٠٠٠٠٧"])
+def test_a_step_under_another_name(folder, name):
+    renamed = folder.rename(folder.with_name(name))
+    if name.isascii():
+        with pytest.raises(
+            UserError, match=r"checkpoint of step 7; accepted: its name, step_0000007, or another place"
+        ):
+            raise UserError(CheckpointStore(folder.parent, keep_last=1)._find_foreign())
+    else:  # digits, but none that a run writes
+        assert list_checkpoints(folder.parent) == []
+    assert renamed.is_dir()
