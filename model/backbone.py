@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLImageProcessorPil,
@@ -135,7 +136,7 @@ def read_vlm_config(path: str | Path) -> PretrainedConfig:
     if Path(path).is_absolute() and not Path(path).exists():  # transformers would ask the hub for it
         raise ValueError(f"path: {path} not found; accepted: a folder written by save_pretrained, or a hub id")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:  # ValueError: a model_type that transformers does not know
         raise ValueError(f"path: cannot load {path}: {error}") from error
     if config.model_type not in MODEL_TYPES:
@@ -165,8 +166,8 @@ def load_vlm(
     """
     read_vlm_config(path)  # refuses what is no VLM, before any weights are read
     try:
-        vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype or "auto")
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or path)
+        vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype or "auto", trust_remote_code=False)
+        tokenizer = load_tokenizer(tokenizer_path or path)
     except OSError as error:
         raise ValueError(f"path: cannot load {path}: {error}") from error
     if expected_fingerprint and fingerprint(checkpoint_folder(path)) != expected_fingerprint:
@@ -174,11 +175,21 @@ def load_vlm(
     return vlm.eval(), tokenizer
 
 
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or hub id.
+
+    Raises:
+        ValueError: if it comes with code of its own, which is never executed. Without an explicit answer transformers asks at the
+            terminal.
+    """
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
 def load_image_processor(path: str | Path):
     """Load what turns pictures into the VLM's input, from the VLM's folder or hub id; None for a folder that holds none."""
     if Path(path).is_dir() and not (Path(path) / "preprocessor_config.json").is_file():
         return None
-    return AutoImageProcessor.from_pretrained(path)
+    return AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
 
 
 def build_tiny_image_processor(config: Qwen2VLConfig) -> Qwen2VLImageProcessorPil:

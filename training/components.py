@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,6 +25,7 @@ from latte_flow.model.backbone import (
     build_tiny_vlm,
     checkpoint_folder,
     fingerprint,
+    load_tokenizer,
     load_vlm,
     read_vlm_config,
     tiny_vlm_config,
@@ -237,7 +237,7 @@ def _build_vlm(config: TrainingConfig, images: Images, saved: Path) -> tuple[Pre
         return load_vlm(saved / VLM_FOLDER, dtype=torch.float32, tokenizer_path=saved / TOKENIZER_FOLDER)
     if (saved / PIPELINE_FILE).is_file():  # a Blend, whose VLM is part of its weights
         vlm_config = LatteFlowConfig.from_pretrained(saved).vlm_config
-        tokenizer = AutoTokenizer.from_pretrained(saved / TOKENIZER_FOLDER)
+        tokenizer = load_tokenizer(saved / TOKENIZER_FOLDER)
     else:
         vlm_config, tokenizer = tiny_vlm_parts(config, images)
     return build_tiny_vlm(vlm_config, config.vlm.tiny.seed), tokenizer

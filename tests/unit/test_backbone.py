@@ -1,5 +1,6 @@
 """Loading a VLM: from a folder, from the hub's cache, Qwen2-VL and Qwen2.5-VL; what is neither is refused."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +11,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from latte_flow.model.backbone import build_tiny_tokenizer, build_tiny_vlm, fingerprint, load_vlm, tiny_vlm_config
+from latte_flow.model.backbone import (
+    build_tiny_tokenizer,
+    build_tiny_vlm,
+    fingerprint,
+    load_image_processor,
+    load_tokenizer,
+    load_vlm,
+    read_vlm_config,
+    tiny_vlm_config,
+)
 from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.context import encode_context, tokenize_prompts
 from latte_flow.model.latte_flow import LatteFlowModel
@@ -129,3 +139,35 @@ class TestQwen2_5:
         model.save_pretrained(tmp_path)
         again = LatteFlowModel.from_pretrained(tmp_path)
         assert torch.equal(again(*arguments, context_rows=torch.tensor([0, 1, 1, 0]), **given), velocity)
+
+
+CODE = """
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLImageProcessorPil
+Path(__file__).with_name("executed").touch()
+class Tokenizer(PreTrainedTokenizerFast): pass
+class Config(Qwen2VLConfig): model_type = "other"
+class Processor(Qwen2VLImageProcessorPil): pass
+"""
+FOREIGN = {
+    "tokenizer_config.json": (
+        {"tokenizer_class": "Tokenizer", "auto_map": {"AutoTokenizer": [None, "code.Tokenizer"]}},
+        load_tokenizer,
+    ),
+    "config.json": ({"model_type": "other", "auto_map": {"AutoConfig": "code.Config"}}, read_vlm_config),
+    "preprocessor_config.json": (
+        {"image_processor_type": "Processor", "auto_map": {"AutoImageProcessor": "code.Processor"}},
+        load_image_processor,
+    ),
+}
+
+
+@pytest.mark.parametrize("file", FOREIGN)
+def test_code_in_a_folder_is_neither_executed_nor_asked_about(tmp_path, monkeypatch, file):
+    content, load = FOREIGN[file]
+    (tmp_path / file).write_text(json.dumps(content))
+    (tmp_path / "code.py").write_text(CODE)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match=r"trust_remote_code|custom code"):
+        load(tmp_path)
+    assert not list(tmp_path.rglob("executed"))

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from latte_flow.model.backbone import load_image_processor, load_vlm
+from latte_flow.model.backbone import load_image_processor, load_tokenizer, load_vlm
 from latte_flow.model.codecs import load_codec
 from latte_flow.model.configuration import LatteFlowConfig, load_network_config
 from latte_flow.model.latte_flow import LatteFlowModel
@@ -138,7 +137,7 @@ def build_pipeline(
         codec = load_codec(**config.codec, dtype=dtype)
     return LatteFlowPipeline(
         model=model.to(dtype).eval(),  # type: ignore[arg-type]  # transformers' wrapper hides torch's signature
-        tokenizer=AutoTokenizer.from_pretrained(folder / TOKENIZER_FOLDER),
+        tokenizer=load_tokenizer(folder / TOKENIZER_FOLDER),
         codec=codec,
         vlm=config.load_frozen_vlm(folder, dtype) if model.config.variant == "couple" else None,
         image_processor=load_image_processor(folder / TOKENIZER_FOLDER),
