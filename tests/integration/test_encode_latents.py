@@ -345,7 +345,7 @@ def test_training_refuses_latents_that_do_not_fit(digits, tmp_path):
         load_image_dataset(latents_config(digits)).check_codec(load_codec("pixel", image_channels=1, patch=2))
     with pytest.raises(UserError, match=r"wait_minutes"):
         encode_latents(**arguments("digits", tmp_path / "part", "pixel", resolution=8, shard_size=900, world_size=2))
-    with pytest.raises(UserError, match=r"data\.path: .*manifest\.json is not complete"):
+    with pytest.raises(UserError, match=r"data\.path: .*manifest\.json is missing: encoding is incomplete"):
         load_image_dataset(latents_config(tmp_path / "part"))
     encode_latents(**arguments("digits", tmp_path / "part", "pixel", resolution=8, shard_size=900))
     next((tmp_path / "part").glob("*.arrow")).write_bytes(b"cut")
