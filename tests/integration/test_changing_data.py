@@ -44,7 +44,7 @@ def test_a_file_that_is_cut_off_while_a_data_worker_reads_it_is_one_line(command
     file = latents / "data-00000-of-00003.arrow"
     fields = {"data__dataset": "latents", "data__path": latents, "data__num_workers": 1}
     run = command.train(code=2, hooks=("cut_off_a_file",), variables={"CUT_OFF": f"2 {file}"}, **fields, **SMALL)
-    assert_refused(run.finished, "data.path", str(file), "was cut off while it was in use", "last checkpoint")
+    assert_refused(run.finished, "data.path", str(file), "was truncated while in use", "last checkpoint")
     assert find_checkpoint(run.output_dir) >= run.checkpoint(2)  # there is one to go on from
 
 
@@ -68,7 +68,7 @@ def test_a_run_goes_on_with_changed_data_only_when_it_is_allowed(command, tmp_pa
     assert json.loads((run.output_dir / "data.json").read_text()) == recorded
 
     allowed = command.train(max_steps=4, output_dir=run.output_dir, data__allow_changed="true", **fields)
-    assert "the run goes on with the changed data" in allowed.finished.output
+    assert "the run continues with the changed data" in allowed.finished.output
     assert column(run.output_dir, "step") == [1, 2, 3, 4]
     now = json.loads((run.output_dir / "data.json").read_text())
     assert now["length"] == 41

@@ -321,7 +321,7 @@ def test_an_output_of_another_source_or_of_something_else_is_refused(emoji, digi
     with pytest.raises(UserError, match=r"output: .* holds latents of another"):
         encode_latents(**arguments(emoji, digits, "pixel", resolution=8, flip=False, shard_size=512))
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"output: .* exists and is no folder of tools/encode_latents\.py"):
+    with pytest.raises(UserError, match=r"output: .* exists and is not a folder of tools/encode_latents\.py"):
         encode_latents(**arguments("digits", tmp_path, "pixel", resolution=8))
 
 
@@ -341,11 +341,11 @@ def test_training_refuses_latents_that_do_not_fit(digits, tmp_path):
         load_image_dataset(latents_config(digits, resolution=16))
     with pytest.raises(UserError, match=r"data\.horizontal_flip: true, but .* without mirrored images"):
         load_image_dataset(latents_config(digits, horizontal_flip=True))
-    with pytest.raises(UserError, match=r"codec: .* was encoded by another one"):
+    with pytest.raises(UserError, match=r"codec: .* was encoded by another codec"):
         load_image_dataset(latents_config(digits)).check_codec(load_codec("pixel", image_channels=1, patch=2))
     with pytest.raises(UserError, match=r"wait_minutes"):
         encode_latents(**arguments("digits", tmp_path / "part", "pixel", resolution=8, shard_size=900, world_size=2))
-    with pytest.raises(UserError, match=r"data\.path: .*manifest\.json is not complete"):
+    with pytest.raises(UserError, match=r"data\.path: .*manifest\.json is missing: encoding is incomplete"):
         load_image_dataset(latents_config(tmp_path / "part"))
     encode_latents(**arguments("digits", tmp_path / "part", "pixel", resolution=8, shard_size=900))
     next((tmp_path / "part").glob("*.arrow")).write_bytes(b"cut")

@@ -104,7 +104,7 @@ class TestLeastRecentlyUsed:
 
     def test_a_lookup_of_more_prompts_than_fit_is_an_error(self, vlm, tokenizer):
         cache = LRUContextCache(PromptEncoder(vlm, tokenizer, TEXTS, "generation"), 3)
-        with pytest.raises(ValueError, match="3 prompts are kept, a lookup names 4"):
+        with pytest.raises(ValueError, match="3 prompts are kept, a lookup contains 4"):
             cache.lookup(torch.arange(4))
         with pytest.raises(ValueError, match="capacity: got 0"):
             LRUContextCache(PromptEncoder(vlm, tokenizer, TEXTS, "generation"), 0)

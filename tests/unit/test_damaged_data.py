@@ -211,7 +211,7 @@ def test_a_saved_table_cut_off_between_two_batches_is_found(emoji, tmp_path):
     file.write_bytes(sink.getvalue())
     assert len(load("saved", folder)) == IMAGES
     cut(file, batch)
-    with pytest.raises(UserError, match=rf"data\.path: {file} is cut off"):
+    with pytest.raises(UserError, match=rf"data\.path: {file} is truncated"):
         load("saved", folder)
 
 
@@ -244,7 +244,7 @@ def test_a_mapped_file_that_is_cut_off_is_an_error_and_no_bus_error(emoji, tmp_p
     roots = {"saved": tmp_path, "parquet": datasets.config.HF_DATASETS_CACHE}
     (file,) = roots[kind].rglob("*.arrow")
     os.truncate(file, 4096)
-    with pytest.raises(UserError, match=rf"data\.path: {file} was cut off while it was in use; accepted: "):
+    with pytest.raises(UserError, match=rf"data\.path: {file} was truncated while in use; accepted: "):
         loaded_by_a_worker(images)
 
 
@@ -320,5 +320,5 @@ def test_of_the_mapped_files_only_the_one_of_the_row_is_looked_at(tmp_path):
     files[1].write_bytes(b"cut")
     for row in (0, 2, 4, 5):
         mapped.check(row)
-    with pytest.raises(UserError, match=rf"data\.path: {files[1]} was cut off while it was in use"):
+    with pytest.raises(UserError, match=rf"data\.path: {files[1]} was truncated while in use"):
         mapped.check(3)

@@ -229,7 +229,7 @@ class Latents(torch.utils.data.Dataset):
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        (lambda file: os.truncate(file, 4096), "was cut off while it was in use"),
+        (lambda file: os.truncate(file, 4096), "was truncated while in use"),
         (lambda file: file.unlink(), "cannot be read: No such file"),
         (lambda file: replace_by_link(file, EIO_FILE), "cannot be read: Input/output error"),
     ],

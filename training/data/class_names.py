@@ -1,4 +1,4 @@
-"""Names of classes, for prompts: those of ImageNet-1k, those of a file, or those of the data set itself."""
+"""Class names for prompts: from ImageNet-1k, from a file, or from the data set itself."""
 
 import logging
 import re
@@ -13,18 +13,18 @@ WNID = re.compile(r"n\d{8}")
 
 
 def imagenet_names() -> list[str]:
-    """Return the 1000 names of ImageNet-1k in the order of its classes; the file says where they are from."""
+    """Return the 1000 class names of ImageNet-1k in class order; the file names its source."""
     lines = Path(__file__).with_name("imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
     return [line for line in lines if not line.startswith("#")]
 
 
 def resolve_class_names(wanted: str | None, own: list[str]) -> list[str]:
-    """Return the names that prompts are made of, in the order of the classes.
+    """Return the class names to use in prompts, in class order.
 
     Args:
-        wanted: data.class_names: ``imagenet-1k``; a text file with a name a line, or lines "OWN_NAME name, synonyms" such as
-            ImageNet's LOC_synset_mapping.txt; None for ImageNet's names when the classes are its 1000 WordNet ids, and otherwise
-            the data set's own.
+        wanted: data.class_names: ``imagenet-1k``; a text file with one name per line, or with lines "OWN_NAME name, synonyms"
+            such as ImageNet's LOC_synset_mapping.txt; None for ImageNet's names if the classes are its 1000 WordNet ids,
+            otherwise the data set's own names.
         own: the data set's names: folders, ClassLabel names or numbers.
 
     Raises:
@@ -36,8 +36,8 @@ def resolve_class_names(wanted: str | None, own: list[str]) -> list[str]:
     if wanted is None and not is_imagenet:
         if own and all(WNID.fullmatch(name) for name in own):
             logger.warning(
-                "the %d classes are named by WordNet ids (%s, ...) and are not ImageNet-1k's 1000: prompts are made of the ids; "
-                "data.class_names takes a file of names, such as LOC_synset_mapping.txt",
+                "the %d classes are named by WordNet ids (%s, ...) and are not ImageNet-1k's 1000: prompts will use the ids; "
+                "data.class_names accepts a file of names, such as LOC_synset_mapping.txt",
                 len(own),
                 own[0],
             )
@@ -51,17 +51,19 @@ def resolve_class_names(wanted: str | None, own: list[str]) -> list[str]:
 
 def _names_from_file(path: Path, own: list[str]) -> list[str]:
     if not path.is_file():
-        raise UserError(f"data.class_names: {path} not found; accepted: {IMAGENET}, or a text file with a name a line")
+        raise UserError(
+            f"data.class_names: {path} not found; accepted: {IMAGENET}, or a text file with one name per line"
+        )
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:  # unreadable, or no text
+    except (OSError, ValueError) as error:  # unreadable, or not text
         raise UserError(f"data.class_names: {path} cannot be read: {error}; accepted: a text file in UTF-8") from error
     keyed = {key: rest.split(",")[0].strip() for key, _, rest in (line.partition(" ") for line in lines)}
     if all(name in keyed and keyed[name] for name in own):
         return [keyed[name] for name in own]
     if len(lines) != len(own):
         raise UserError(
-            f"data.class_names: {path} has {len(lines)} lines for {len(own)} classes; accepted: a name a line in the order of "
-            "the classes, or a line 'FOLDER name' for each of them"
+            f"data.class_names: {path} has {len(lines)} lines for {len(own)} classes; accepted: one name per line in the "
+            "order of the classes, or a line 'FOLDER name' for each of them"
         )
     return lines

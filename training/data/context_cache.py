@@ -1,13 +1,13 @@
-"""The context of a frozen VLM's prompts, kept so that training does not run the VLM in every step (paper section 5).
+"""A cache for the context of a frozen VLM's prompts, so that training does not run the VLM in every step (paper section 5).
 
-Three ways, one interface: ``lookup`` of a batch's prompt rows gives a context and where in it each row is.
+Three implementations of one interface: ``lookup`` of a batch's prompt rows returns a context and the position of each row in it.
 
 * ``FixedContextCache``: all prompts, computed once. For class prompts: 1001 prompts of 16 tokens take 1.4 GB at 2B.
-* ``LRUContextCache``: the most recently used prompts, in buffers of fixed size. For captions, which are too many to keep.
-* ``UncachedContext``: nothing is kept.
+* ``LRUContextCache``: the most recently used prompts, in fixed-size buffers. For captions, which are too many to keep.
+* ``UncachedContext``: no caching.
 
-All encode prompts in batches of one size, padded to one length, so that all give the same bits: which prompts happen to be
-encoded together does not show, and a resumed run, whose cache is empty, trains what an uninterrupted one does.
+All encode prompts in batches of a fixed size, padded to a fixed length, so that results are bit-identical regardless of which
+prompts are encoded together, and a resumed run, whose cache is empty, trains exactly like an uninterrupted one.
 """
 
 from collections import OrderedDict
@@ -26,10 +26,10 @@ ENCODE_BATCH_SIZE = 16
 
 
 class ContextSource(Protocol):
-    """Where training and sampling read the context of prompts from."""
+    """Source of the prompts' context for training and sampling."""
 
     def lookup(self, rows: Tensor) -> tuple[Context, Tensor]:
-        """Return a context that holds the prompts of ``rows``, and the row of each in it.
+        """Return a context that holds the prompts of ``rows``, and the position of each in it.
 
         Args:
             rows: prompt rows, int64 on the CPU, [B].
@@ -40,14 +40,14 @@ class ContextSource(Protocol):
 
 
 class PromptEncoder:
-    """Runs a frozen VLM over some of a list of prompts, always ENCODE_BATCH_SIZE at once.
+    """Runs a frozen VLM over prompts selected from a list, always in batches of ENCODE_BATCH_SIZE.
 
     Args:
-        vlm: the frozen VLM; contexts live on its device.
+        vlm: the frozen VLM; contexts are on its device.
         tokenizer: the VLM's tokenizer.
         prompts: row i is prompt i.
         projection: ``generation`` or ``vlm`` (LatteFlowConfig.context_projection).
-        dtype: the type of the states; None keeps the VLM's.
+        dtype: dtype of the states; None keeps the VLM's.
     """
 
     def __init__(self, vlm, tokenizer, prompts: Sequence[str], projection: str, dtype: torch.dtype | None = None):
@@ -56,12 +56,12 @@ class PromptEncoder:
 
     @property
     def num_prompts(self) -> int:
-        """How many prompts there are."""
+        """Number of prompts."""
         return len(self.inputs["input_ids"])
 
     @torch.no_grad()
     def encode(self, rows: Sequence[int]) -> Context:
-        """Return the context of some prompts, at least one, in their order."""
+        """Return the context of one or more prompts, in the given order."""
         result: Context | None = None
         for first in range(0, len(rows), ENCODE_BATCH_SIZE):
             chunk = list(rows[first : first + ENCODE_BATCH_SIZE])
@@ -76,9 +76,9 @@ class PromptEncoder:
         return result
 
     def bytes_per_prompt(self) -> int:
-        """Return the size of one prompt's states, all layers, in bytes."""
+        """Return the size of one prompt's states over all layers, in bytes."""
         config = self.vlm.config.text_config
-        # Asked of the weights: a VLM that is split over ranks has a part of the key heads.
+        # Read from the weights: a VLM split over tensor-parallel ranks has only a part of the key heads.
         keys = len(self.vlm.model.language_model.layers[0].self_attn.k_proj.weight)
         numbers = config.hidden_size if self.projection == "generation" else 2 * keys
         length = self.inputs["input_ids"].shape[1]
@@ -86,7 +86,7 @@ class PromptEncoder:
 
 
 class FixedContextCache:
-    """The context of all prompts, computed here once; the VLM is not needed afterwards."""
+    """The context of all prompts, computed once on creation; the VLM is not needed afterwards."""
 
     def __init__(self, encoder: PromptEncoder):
         self.context = encoder.encode(range(encoder.num_prompts))
@@ -97,7 +97,7 @@ class FixedContextCache:
 
 
 class UncachedContext:
-    """Encodes the prompts of every batch anew."""
+    """Encodes the prompts of every batch again."""
 
     def __init__(self, encoder: PromptEncoder):
         self._encoder = encoder
@@ -110,21 +110,21 @@ class UncachedContext:
 
 
 class LRUContextCache:
-    """The context of the most recently used prompts, in buffers of fixed size on the VLM's device.
+    """The context of the most recently used prompts, in fixed-size buffers on the VLM's device.
 
     Args:
-        encoder: of the prompts.
-        capacity: how many prompts to keep; a lookup may name as many different ones.
+        encoder: encoder of the prompts.
+        capacity: number of prompts to keep; also the maximum number of distinct prompts in a lookup.
 
     Raises:
-        ValueError: when ``capacity`` is less than 1, or a lookup names more different prompts.
+        ValueError: when ``capacity`` is less than 1, or a lookup contains more distinct prompts than that.
     """
 
     def __init__(self, encoder: PromptEncoder, capacity: int):
         if capacity < 1:
             raise ValueError(f"capacity: got {capacity}; accepted: 1 or more prompts")
         self._encoder, self.capacity = encoder, capacity
-        # Prompt row -> place in the buffers, least recently used first.
+        # prompt row -> place in the buffers, least recently used first
         self._slots: OrderedDict[int, int] = OrderedDict()
         self._buffers: Context | None = None
         self.hits = self.misses = 0
@@ -134,7 +134,7 @@ class LRUContextCache:
         distinct = dict.fromkeys(rows.tolist())
         if len(distinct) > self.capacity:
             raise ValueError(
-                f"capacity: {self.capacity} prompts are kept, a lookup names {len(distinct)} different ones"
+                f"capacity: {self.capacity} prompts are kept, a lookup contains {len(distinct)} distinct ones"
             )
         missing = [row for row in distinct if row not in self._slots]
         for row in distinct:
@@ -145,11 +145,11 @@ class LRUContextCache:
         if missing:
             self._store(missing)
         places = torch.tensor([self._slots[row] for row in rows.tolist()])
-        assert self._buffers is not None  # made by the first lookup
+        assert self._buffers is not None  # created by the first lookup
         return self._buffers, places.to(self._buffers.mask.device, non_blocking=True)
 
     def _store(self, rows: list[int]) -> None:
-        """Encode prompts into free places, after dropping as many of the least recently used as that needs."""
+        """Encode prompts into free places, evicting the least recently used ones as needed."""
         free = list(range(len(self._slots), min(len(self._slots) + len(rows), self.capacity)))
         while len(free) < len(rows):
             free.append(self._slots.popitem(last=False)[1])
@@ -161,17 +161,17 @@ class LRUContextCache:
 
 
 def context_capacity(kind: str, *, num_prompts: int, bytes_per_prompt: int, budget: float, batch_prompts: int) -> int:
-    """Return how many prompts a configuration keeps the context of: all of them, some, or none (0).
+    """Return the number of prompts whose context is kept: all, some, or none (0).
 
     Args:
-        kind: ``all``, ``lru``, ``none``, or ``auto``: all when they fit into the budget, else lru.
-        num_prompts: of the data, the null prompt included.
+        kind: ``all``, ``lru``, ``none``, or ``auto``: all if they fit into the budget, otherwise lru.
+        num_prompts: number of prompts of the data, including the null prompt.
         bytes_per_prompt: see PromptEncoder.
         budget: bytes for the states.
-        batch_prompts: the most different prompts that one lookup names.
+        batch_prompts: maximum number of distinct prompts in one lookup.
 
     Raises:
-        UserError: when the budget does not hold what ``kind`` needs; it names the fields and what would do.
+        UserError: when the budget is too small for ``kind``; names the fields and what would be enough.
     """
     fitting = int(budget // bytes_per_prompt)
     if kind == "none":
@@ -179,20 +179,20 @@ def context_capacity(kind: str, *, num_prompts: int, bytes_per_prompt: int, budg
     if kind == "all" and num_prompts > fitting:
         raise UserError(
             f"vlm.context_cache: all {num_prompts} prompts need {num_prompts * bytes_per_prompt / 2**30:.4g} GiB, "
-            f"vlm.context_cache_gib is {budget / 2**30:g}; accepted: that much, or lru, or auto"
+            f"vlm.context_cache_gib is {budget / 2**30:g}; accepted: a large enough value, or lru, or auto"
         )
     if kind in ("all", "auto") and num_prompts <= fitting:
         return num_prompts
     if fitting < min(batch_prompts, num_prompts):
         raise UserError(
-            f"vlm.context_cache_gib: {budget / 2**30:g} holds {fitting} prompts, a batch may name {batch_prompts}; "
+            f"vlm.context_cache_gib: {budget / 2**30:g} holds {fitting} prompts, a batch may contain {batch_prompts}; "
             f"accepted: at least {batch_prompts * bytes_per_prompt / 2**30:.4g}, or vlm.context_cache none"
         )
     return min(fitting, num_prompts)
 
 
 def make_context_source(encoder: PromptEncoder, capacity: int) -> ContextSource:
-    """Return the source that keeps as many prompts (``context_capacity``)."""
+    """Return a source that keeps ``capacity`` prompts (see ``context_capacity``)."""
     if capacity == 0:
         return UncachedContext(encoder)
     if capacity == encoder.num_prompts:
@@ -201,12 +201,12 @@ def make_context_source(encoder: PromptEncoder, capacity: int) -> ContextSource:
 
 
 def open_context_source(config: VlmConfig, encoder: PromptEncoder, *, batch_prompts: int) -> ContextSource:
-    """Return where a run reads the context of its prompts from, and print how much of it is kept.
+    """Return the source of the prompts' context for a run, and print how much of it is kept.
 
     Args:
         config: how much may be kept.
-        encoder: of the run's prompts; its VLM is moved to the CPU when training needs no more of it than is kept.
-        batch_prompts: the most different prompts that one lookup names.
+        encoder: encoder of the run's prompts; its VLM is moved to the CPU if all prompts are kept.
+        batch_prompts: maximum number of distinct prompts in one lookup.
 
     Raises:
         UserError: as ``context_capacity``.

@@ -1,7 +1,7 @@
-"""The training data: which images or latents, and which prompt each of them has.
+"""The training data: images or latents, and the prompt of each.
 
-Every source becomes a map-style data set whose ``sample`` gives an image in [-1, 1] (or a latent) and the row of its prompt in
-one list of distinct user messages, so that the context of a frozen VLM is computed once per distinct prompt and gathered by row.
+Every source becomes a map-style data set whose ``sample`` returns an image in [-1, 1] (or a latent) and the row of its prompt in
+a list of distinct user messages, so that the context of a frozen VLM is computed once per distinct prompt and gathered by row.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ DIGITS_TRAIN_FRACTION = 0.7
 
 
 def digits_split() -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices of scikit-learn's digits that train and those that are held out: 70 % and 30 %, always the same."""
+    """Return the training (70 %) and held-out (30 %) indices of scikit-learn's digits; the split is fixed."""
     total = len(load_digits().target)
     order = permutation(0, Stream.DATA_ORDER, 0, total)
     train = int(total * DIGITS_TRAIN_FRACTION)
@@ -28,10 +28,10 @@ def digits_split() -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_digits_dataset(config: DataConfig) -> ImageDataset:
-    """Return the training part of scikit-learn's digits, 8x8 grey images; pixel values 0..16 become -1..1.
+    """Return the training split of scikit-learn's digits, 8x8 grey images; pixel values 0..16 become -1..1.
 
     Raises:
-        UserError: when another resolution is asked for.
+        UserError: when the configured resolution is not 8.
     """
     if config.resolution != 8:
         raise UserError(f"data.resolution: {config.resolution}; accepted with data.dataset digits: 8")
@@ -52,10 +52,10 @@ def load_digits_dataset(config: DataConfig) -> ImageDataset:
 
 
 def load_image_dataset(config: DataConfig) -> ImageDataset | LatentDataset:
-    """Return the training data that the configuration names.
+    """Return the training data of a configuration.
 
     Raises:
-        UserError: when they are missing, incomplete, of the wrong size, or none.
+        UserError: when they are missing, incomplete, of the wrong size, or empty.
     """
     if config.dataset == "digits":
         return load_digits_dataset(config)

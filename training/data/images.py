@@ -1,4 +1,4 @@
-"""From the bytes of a picture to a tensor: decoding, cropping, and what happens to pictures that cannot be decoded.
+"""From image bytes to a tensor: decoding, cropping, and handling of images that cannot be decoded.
 
 Shapes: c image channels, R resolution.
 """
@@ -22,7 +22,7 @@ from latte_flow.training.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# What Pillow raises on bytes that are no whole picture: missing and truncated files, unknown formats (OSError),
+# What Pillow raises on bytes that are not a complete image: missing and truncated files, unknown formats (OSError),
 # broken PNG chunks (SyntaxError, struct.error), broken streams, neither bytes nor a path (ValueError), absurd sizes.
 DECODING_ERRORS = (
     OSError,
@@ -38,25 +38,25 @@ DECODING_ERRORS = (
 
 
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What is decoded. Pillow knows more, and chooses by the content, not the name: EPS starts Ghostscript, others are obscure."""
+"""Accepted formats. Pillow supports more and detects them by content, not name: EPS starts Ghostscript, others are obscure."""
 MAX_ASPECT = 50
 MAX_PIXELS = 100_000_000
-"""Beyond, the square in the middle is a sliver of the picture, and scaling one side up to the resolution fills the memory."""
+"""Beyond these limits the center crop is a sliver of the image, and upscaling its shorter side can exhaust memory."""
 
 
 class BrokenImageError(Exception):
-    """A picture that cannot be decoded."""
+    """An image that cannot be decoded."""
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """Scale the shorter side of a picture to the resolution and cut out the square in the middle.
+    """Resize the shorter side of an image to the resolution and crop the central square.
 
-    As ADM does it for ImageNet, and DiT after it (openai/guided-diffusion, image_datasets.py, center_crop_arr): while the shorter
-    side is at least twice the resolution the picture is halved with a box filter, which averages every pixel; the rest of the way
-    is one bicubic resize. FIDs are compared between models trained on this crop.
+    Follows ADM for ImageNet, and DiT after it (openai/guided-diffusion, image_datasets.py, center_crop_arr): while the shorter
+    side is at least twice the resolution, the image is halved with a box filter, which averages every pixel; one bicubic resize
+    does the rest. Published FIDs compare models trained on this crop.
 
     Args:
-        image: a picture of any size.
+        image: an image of any size.
         resolution: side of the result in pixels.
     """
     while min(image.size) >= 2 * resolution:
@@ -69,55 +69,55 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def decode_image(value: dict, resolution: int) -> Tensor:
-    """Return a picture as a tensor [3, R, R] float32 in [-1, 1], cropped by ``center_crop``.
+    """Return an image as a tensor [3, R, R] float32 in [-1, 1], cropped by ``center_crop``.
 
-    It is turned as its EXIF says. Transparency is dropped: the colours under it show. 16-bit and float pictures are scaled.
+    EXIF rotation is applied. The alpha channel is dropped, which keeps the colours under it. 16-bit and float images are scaled.
 
     Args:
-        value: what an Image column of ``datasets`` holds: {"bytes": ..., "path": ...}, one of them possibly None.
+        value: a value of an Image column of ``datasets``: {"bytes": ..., "path": ...}, one of them possibly None.
         resolution: R.
 
     Raises:
-        BrokenImageError: when it cannot be decoded, is none of FORMATS, or is of a shape that no square can be cut from.
+        BrokenImageError: when it cannot be decoded, is not in one of FORMATS, or exceeds the size or aspect limit.
     """
     try:
         if value is None:
-            raise ValueError("no picture in this row")
+            raise ValueError("no image in this row")
         with Image.open(_stream_of(value), formats=FORMATS) as image:
             width, height = image.size  # known before the pixels are decoded
             if max(width, height) > MAX_ASPECT * min(width, height) or width * height > MAX_PIXELS:
                 raise ValueError(
-                    f"{width} x {height} pixels; accepted: sides of at most 1 to {MAX_ASPECT}, and {MAX_PIXELS:,} pixels"
+                    f"{width} x {height} pixels; accepted: aspect ratios up to {MAX_ASPECT}, and up to {MAX_PIXELS:,} pixels"
                 )
             image.load()
             turned = ImageOps.exif_transpose(image)
         cropped = center_crop(_to_rgb(turned), resolution)
     except DECODING_ERRORS as error:
-        reason = str(error).split(" <_io.")[0]  # Pillow prints the address of the buffer: another one in every run
+        reason = str(error).split(" <_io.")[0]  # Pillow prints the address of the buffer, which differs between runs
         raise BrokenImageError(f"{type(error).__name__}: {reason}") from error
     return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
 def _stream_of(value: dict) -> BytesIO | str:
-    """Return the bytes of a picture, or the path of a regular file of this machine: nothing else is opened."""
+    """Return the bytes of an image, or the path of a local regular file: nothing else is opened."""
     if value["bytes"] is not None:
         return BytesIO(value["bytes"])
     path = value["path"]
     if path is None:
         raise ValueError("neither bytes nor a path")
     if not Path(path).is_file():
-        raise ValueError(f"{path!r} is no regular file here; accepted: bytes, or the path of a local file")
+        raise ValueError(f"{path!r} is not a regular file; accepted: bytes, or the path of a local file")
     return path
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Return a picture with 8 bits a channel. Pillow itself would clip 16-bit and float pictures to white and black."""
+    """Return an RGB image with 8 bits per channel. Pillow itself would clip 16-bit and float images to white and black."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return image if image.mode == "RGB" else image.convert("RGB")
     pixels = np.asarray(image, dtype=np.float64)
     low, high = pixels.min(), pixels.max()
     limit = 65535.0 if image.mode != "F" else 1.0 if high <= 1 else 255.0
-    if not 0 <= low <= high <= limit:  # NaN is not either
+    if not 0 <= low <= high <= limit:  # NaN fails too
         raise ValueError(f"mode {image.mode} with values from {low} to {high}; accepted: 0 to {limit:g}")
     return Image.fromarray(np.rint(pixels * (255 / limit)).astype(np.uint8)).convert("RGB")
 
@@ -126,22 +126,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 class ImageDataset(Dataset):
     """Images with prompts.
 
-    An image that cannot be decoded is replaced by the next one that can, so that every index has an image and which images a
-    training sample draws does not depend on what was found broken before.
+    An image that cannot be decoded is replaced by the next one that can. Every index therefore has an image, and the image of a
+    training sample does not depend on which ones were found broken before.
 
     Attributes:
         name: for messages and logs.
         length: number of images.
         load: index -> image, [c, R, R] float32 in [-1, 1]; raises BrokenImageError.
-        prompt_rows: the row of ``prompts`` that each image has, [length].
+        prompt_rows: the row of each image's prompt in ``prompts``, [length].
         prompts: the distinct user messages.
         image_channels: c.
-        class_names: names of the classes when the prompts are made of classes (row i is class i), else None.
-        fingerprint: changes when the data does.
-        captions: what the prompts are made of: the name of class i, or the i-th distinct caption.
-        describe: index -> where the image is, for messages.
-        max_broken: how many broken images are put up with.
-        broken: [length] bool, which images were found broken; shared by the worker processes of a rank.
+        class_names: class names if the prompts are made from classes (row i is class i), otherwise None.
+        fingerprint: changes when the data change.
+        captions: the texts the prompts are made from: the name of class i, or the i-th distinct caption.
+        describe: index -> location of the image, for messages.
+        max_broken: number of broken images that are tolerated.
+        broken: [length] bool, images found broken; shared by the worker processes of a rank.
     """
 
     name: str
@@ -164,17 +164,17 @@ class ImageDataset(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return the image of an index, or its replacement, and the row of its prompt."""
+        """Return the image at an index, or its replacement, and the row of its prompt."""
         image, source = self.fetch(index)
         return image, int(self.prompt_rows[source])
 
     def sample(self, index: int, *, flip: bool) -> dict:
-        """Return {"image": [c, R, R], mirrored or not, "row": row of its prompt}."""
+        """Return {"image": [c, R, R], mirrored if ``flip``, "row": row of its prompt}."""
         image, row = self[index]
         return {"image": image.flip(-1) if flip else image, "row": row}
 
     def fetch(self, index: int) -> tuple[Tensor, int]:
-        """Return the image of an index and the index it is of: the same, or that of the next image that is not broken.
+        """Return the image at an index and its own index: the same, or that of the next image that is not broken.
 
         Raises:
             UserError: when more than ``max_broken`` images have been found broken.
@@ -186,15 +186,15 @@ class ImageDataset(Dataset):
                 return self.load(source), source
             except BrokenImageError as error:
                 self._count_broken(source, error)
-        raise UserError(f"data.path: {self.name} holds no image that can be decoded")
+        raise UserError(f"data.path: no image of {self.name} can be decoded")
 
     def reason_broken(self, index: int) -> str:
-        """Return why an image that was found broken cannot be decoded."""
+        """Return the reason why an image found broken cannot be decoded."""
         try:
             self.load(index)
         except BrokenImageError as error:
             return str(error)
-        return "can be decoded now, but could not be before"
+        return "can be decoded now, but could not before"
 
     def _count_broken(self, index: int, error: BrokenImageError) -> None:
         self.broken[index] = True

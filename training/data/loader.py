@@ -1,9 +1,8 @@
 """The order of training samples over ranks and micro-batches, and torch's DataLoader for it.
 
 The global sample index counts the samples of the whole run over all ranks: optimizer step s trains the indices
-s B .. (s + 1) B - 1, B the global batch size. Everything drawn for a sample depends on (seed, global sample index) alone
-(model/randomness.py), so ranks, micro-batches and restarts change nothing about what is trained, and exact resume needs only
-the step.
+s B .. (s + 1) B - 1, where B is the global batch size. All randomness of a sample depends only on (seed, global sample index)
+(model/randomness.py), so ranks, micro-batches and restarts do not change what is trained, and exact resume needs only the step.
 """
 
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from latte_flow.training.distributed.batch_layout import BatchLayout
 
 
 class MicroBatchSampler(Sampler[list[int]]):
-    """Yields the global sample indices of this rank's micro-batches, from one optimizer step to another."""
+    """Yields the global sample indices of this rank's micro-batches, from ``first_step`` up to but excluding ``last_step``."""
 
     def __init__(self, layout: BatchLayout, first_step: int, last_step: int):
         self.layout, self.first_step, self.last_step = layout, first_step, last_step
@@ -31,19 +30,19 @@ class MicroBatchSampler(Sampler[list[int]]):
 
 
 class Samples(Dataset[dict]):
-    """A map-style data set by global sample index that also puts its samples together."""
+    """A map-style data set indexed by global sample index that also collates its samples."""
 
     def collate(self, samples: list[dict]):
-        """Return the micro-batch of some samples."""
+        """Collate samples into a micro-batch."""
         raise NotImplementedError
 
 
 def make_loader(
     samples: Samples, layout: BatchLayout, *, first_step: int, last_step: int, num_workers: int
 ) -> DataLoader:
-    """Return the loader of this rank's micro-batches from one optimizer step to another.
+    """Return the loader of this rank's micro-batches, from ``first_step`` up to but excluding ``last_step``.
 
-    Workers are forked before the first batch and live to the end; a worker's failure raises here.
+    Workers are forked before the first batch and live until the end; a worker's failure is raised by the loader.
     """
     kill_workers_at_exit()
     return DataLoader(

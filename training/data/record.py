@@ -1,6 +1,6 @@
-"""What a run records of its data (data.json), so that it goes on with the data that it was started with.
+"""The record of a run's data (data.json), which ensures that the run resumes with the data it was started with.
 
-{"name", "length", "fingerprint", "before": [the same of data that the run had before, with "until_step"]}
+{"name", "length", "fingerprint", "before": [the same fields for earlier data of the run, with "until_step"]}
 """
 
 import json
@@ -15,22 +15,22 @@ from latte_flow.training.durable import write_durably
 from latte_flow.training.errors import UserError
 
 SAID_BYTES = 2**31
-"""Reading more than that is announced."""
+"""Reading more than this is announced."""
 
 
 class DataRecord:
-    """The data of a run that starts or goes on, and what it has on record of them.
+    """Compares the data of a run that starts or resumes with the data on record.
 
     Args:
-        dataset: the data now.
-        file: data.json of the run; a new run has none.
+        dataset: the current data.
+        file: data.json of the run; missing for a new run.
         allow_changed: data.allow_changed.
 
     Attributes:
-        is_new: whether the run has not had these data before.
+        is_new: whether the data differ from those on record, or there is no record.
 
     Raises:
-        UserError: when the data are not those on record and that is not allowed, or the record is damaged.
+        UserError: when the data differ from those on record and that is not allowed, or the record is damaged.
     """
 
     def __init__(self, dataset: ImageDataset | LatentDataset, file: Path, *, allow_changed: bool):
@@ -41,13 +41,13 @@ class DataRecord:
             raise UserError(
                 f"data.path: {dataset.name} has changed since this run was started (fingerprint {self._recorded['fingerprint']} "
                 f"then, {dataset.fingerprint} now); accepted: the same data, another output_dir, or --data.allow_changed true, "
-                "which goes on with the changed data"
+                "which continues with the changed data"
             )
 
     def verify(self) -> None:
-        """Compare latents that are new to the run with the SHA-256 of their files, each rank a share. Collective.
+        """Verify the SHA-256 of latent files that are new to the run, each rank a share. Collective.
 
-        A flipped bit of a latent shows nowhere else.
+        A flipped bit in a latent would not be noticed anywhere else.
 
         Raises:
             UserError: on every rank, when a file is damaged.
@@ -56,19 +56,17 @@ class DataRecord:
             return
         total = sum(shard["bytes"] for shard in self.dataset.manifest["shards"])
         if total > SAID_BYTES and is_first_rank():
-            print(
-                f"{self.dataset.name}: reading {total / 2**30:.1f} GiB to compare them with their SHA-256", flush=True
-            )
+            print(f"{self.dataset.name}: reading {total / 2**30:.1f} GiB to verify their SHA-256", flush=True)
         parts = gather(self.dataset.damaged_shards(dist.get_rank(), dist.get_world_size()))
         if damaged := [problem for part in parts for problem in part]:
             more = f" and {len(damaged) - 3} more" if damaged[3:] else ""
             raise UserError(f"data.path: {'; '.join(damaged[:3])}{more}; accepted: {ENCODE_AGAIN}")
 
     def update(self, step: int) -> None:
-        """Record data that are new to the run, and keep on record those that it had before; say so. On the first rank.
+        """Record new data, keep the earlier ones on record, and print the change. Rank 0 only.
 
         Args:
-            step: optimizer steps done, on the data before.
+            step: number of optimizer steps done on the earlier data.
         """
         if not self.is_new:
             return
@@ -78,7 +76,7 @@ class DataRecord:
             record["before"] = [*before, self._recorded | {"until_step": step}]
             print(
                 f"data.allow_changed: {self.dataset.name} has changed (fingerprint {self._recorded['fingerprint']} up to step "
-                f"{step}, {self.dataset.fingerprint} now); the run goes on with the changed data",
+                f"{step}, {self.dataset.fingerprint} now); the run continues with the changed data",
                 flush=True,
             )
         write_durably(self.file, (json.dumps(record, indent=1) + "\n").encode())
@@ -95,6 +93,6 @@ def _read(file: Path) -> dict | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{file}: damaged ({type(error).__name__}: {error}); accepted: the file as the run wrote it; without one the data "
-            "are taken for those that the run was started with"
+            f"{file}: damaged ({type(error).__name__}: {error}); accepted: the file as the run wrote it; without it the "
+            "current data are assumed to be those the run was started with"
         ) from error

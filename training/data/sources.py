@@ -27,7 +27,7 @@ def load_image_source(config: DataConfig) -> ImageDataset:
     """Return the images at ``config.path`` with their captions or classes as prompts.
 
     Raises:
-        UserError: when the path or a column is missing, of another kind, or holds no image; the message names the field.
+        UserError: when the path or a column is missing, of the wrong type, or holds no image; the message names the field.
     """
     if config.path is None or not Path(config.path).exists():
         raise UserError(f"data.path: {config.path} not found; accepted: {_ACCEPTED[config.dataset]}")
@@ -68,7 +68,7 @@ def load_image_source(config: DataConfig) -> ImageDataset:
 
 
 def detect_dataset(path: Path) -> str:
-    """Return which value of data.dataset reads a path.
+    """Return the value of data.dataset for a path.
 
     Raises:
         UserError: when the path does not exist.
@@ -87,7 +87,7 @@ _ACCEPTED = {
     "imagefolder": "a folder of images",
     "parquet": "a Parquet file, or a folder of them",
     "webdataset": "a tar file, or a folder of them",
-    "saved": "a folder of save_to_disk",
+    "saved": "a folder written by save_to_disk",
 }
 
 
@@ -95,7 +95,7 @@ def _read_source(kind: str, path: Path):
     """Return the table of a data set and its fingerprint.
 
     Raises:
-        UserError: when it cannot be read, or not whole; the message names the file where one can be found.
+        UserError: when it is unreadable or incomplete; the message names the damaged file if one is found.
     """
     import datasets
 
@@ -108,30 +108,30 @@ def _read_source(kind: str, path: Path):
         table = read(path, kind, paths)
         if kind == "webdataset":
             check_tars(paths, Path(table.cache_files[0]["filename"]).parent)
-        # Offsets of damaged columns lead anywhere in memory; of pictures, only these are read here.
+        # Offsets of damaged columns point anywhere in memory. Of the image column, this reads only the offsets.
         table.data.validate(full=True)
         files = [file for file in paths if kind != "saved" or file.suffix == ".arrow"]
         return table, _fingerprint(path, files, read=kind != "imagefolder")
     except UserError:
         raise
-    except Exception as error:  # datasets lets pass whatever a reader meets, of tarfile, json or pyarrow
+    except Exception as error:  # datasets passes on any error of its readers: tarfile, json, pyarrow
         described = paths
-        if kind == "imagefolder":  # of pictures only that they are there; what cannot be decoded is another matter
+        if kind == "imagefolder":  # images only need to exist here; undecodable ones are handled later
             missing = [file for file in paths if not file.exists()]
             described = [*missing[:1], *(file for file in paths if file.name.startswith("metadata."))]
         if found := damaged_file(described):
             file, reason = found
-            raise UserError(f"data.path: {file} {reason}; accepted: a whole copy of it") from error
+            raise UserError(f"data.path: {file} {reason}; accepted: an intact copy of it") from error
         raise UserError(
             f"data.path: {path} cannot be read as {kind}: {_one_line(error.__cause__ or error)}; accepted: {_ACCEPTED[kind]} "
-            f"(whose files can be read: a copy of it in {datasets.config.HF_DATASETS_CACHE} may be damaged and can be deleted)"
+            f"(its files are readable: the cached copy in {datasets.config.HF_DATASETS_CACHE} may be damaged and can be deleted)"
         ) from error
 
 
 def _read_imagefolder(path: Path, kind: str, paths: list[Path]):
     import datasets
 
-    # As one split: with data_dir alone, folders named train or test would be taken for splits.
+    # As one split: with data_dir alone, folders named train or test would be treated as splits.
     try:
         return datasets.load_dataset(kind, data_files={"train": f"{path.absolute()}/**"}, split="train")
     except (datasets.data_files.EmptyDatasetError, FileNotFoundError, ValueError) as error:
@@ -152,8 +152,8 @@ def _read_files(path: Path, kind: str, paths: list[Path]):
 def _read_saved(path: Path, kind: str, paths: list[Path]):
     import datasets
 
+    # datasets writes no Arrow file for an empty data set.
     if (path / "state.json").is_file() and not any(file.suffix == ".arrow" for file in paths):
-        # Datasets writes no file for none.
         raise UserError(f"data.path: {path} holds zero images; at least one is needed")
     table = datasets.load_from_disk(str(path))
     if isinstance(table, datasets.DatasetDict):
@@ -164,7 +164,9 @@ def _read_saved(path: Path, kind: str, paths: list[Path]):
 
 def _files_of_folder(path: Path) -> list[Path]:
     if not path.is_dir():
-        raise UserError(f"data.path: {path} is no folder; accepted with data.dataset imagefolder: a folder of images")
+        raise UserError(
+            f"data.path: {path} is not a folder; accepted with data.dataset imagefolder: a folder of images"
+        )
     return [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
 
 
@@ -181,7 +183,7 @@ def _files_of_saved(path: Path) -> list[Path]:
     described = [path / STATE_FILE, path / "dataset_info.json"]
     try:
         names = [entry["filename"] for entry in json.loads(described[0].read_bytes())["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError):  # datasets meets the same error, where it can be told
+    except (OSError, ValueError, KeyError, TypeError):  # datasets raises the same error later, where it is reported
         names = [file.name for file in sorted(path.glob("*.arrow"))]
     return described + [path / name for name in names]
 
@@ -202,9 +204,9 @@ def _one_line(error: BaseException) -> str:
 
 
 def _fingerprint(root: Path, files: list[Path], *, read: bool) -> str:
-    """Return the SHA-256 over the files' relative names and sizes, and over both ends of each when ``read``.
+    """Return the SHA-256 of the files' relative names and sizes and, with ``read``, of the start and end of each file.
 
-    Not over times, which copying changes, nor over all contents: 150 GB would be read before the first step.
+    Excludes modification times, which copying changes, and full contents: 150 GB would be read before the first step.
     """
     digest = hashlib.sha256()
     base = root if root.is_dir() else root.parent
@@ -214,13 +216,13 @@ def _fingerprint(root: Path, files: list[Path], *, read: bool) -> str:
         if read:
             with file.open("rb") as stream:
                 digest.update(stream.read(SAMPLED_BYTES))
-                stream.seek(max(size - SAMPLED_BYTES, 0))  # a Parquet file's footer tells of all its columns
+                stream.seek(max(size - SAMPLED_BYTES, 0))  # a Parquet file's footer describes all its columns
                 digest.update(stream.read(SAMPLED_BYTES))
     return digest.hexdigest()
 
 
 MAX_CLASSES = 100_000
-"""Of a column of numbers without names: a prompt is made for each number up to the largest."""
+"""Limit for a column of class numbers without names: a prompt is made for every number up to the largest."""
 
 
 def _image_column(table, config: DataConfig) -> str:
@@ -231,7 +233,7 @@ def _image_column(table, config: DataConfig) -> str:
     if wanted == AUTO:
         if len(found) != 1 and "image" not in table.column_names:
             raise UserError(
-                f"data.image_column: {AUTO}, but {config.path} has {len(found)} columns of images; accepted: one of {columns}"
+                f"data.image_column: {AUTO}, but {config.path} has {len(found)} image columns; accepted: one of {columns}"
             )
         return "image" if "image" in table.column_names else found[0]
     if wanted not in table.column_names:
@@ -240,10 +242,10 @@ def _image_column(table, config: DataConfig) -> str:
 
 
 def _undecoded(table, image_column: str, path: str):
-    """Return the column of images as a table of their bytes: they are decoded where an error can be told from a bug.
+    """Return the image column undecoded, as bytes: decoding happens later, where a broken image can be told from a bug.
 
     Raises:
-        UserError: when the column holds something else.
+        UserError: when the column does not hold images.
     """
     import datasets
     import pyarrow as pa
@@ -251,7 +253,7 @@ def _undecoded(table, image_column: str, path: str):
     is_image = isinstance(table.features[image_column], datasets.Image)
     try:
         images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-        if not is_image:  # bytes or paths, by their type; the first one tells
+        if not is_image:  # the type allows bytes or paths; the first value is checked
             decode_image(images[0][image_column], resolution=1)
     except (ValueError, TypeError, pa.ArrowException, BrokenImageError) as error:
         raise UserError(
@@ -261,7 +263,7 @@ def _undecoded(table, image_column: str, path: str):
 
 
 def _captions(table, config: DataConfig) -> tuple[list[str], list[int], list[str] | None]:
-    """Return the distinct captions or class names, which one each image has, and the names again if they are classes."""
+    """Return the distinct captions or class names, the row of each image's, and the names again if they are classes."""
     import datasets
 
     column, columns = config.text_column, ", ".join(table.column_names)
@@ -270,7 +272,7 @@ def _captions(table, config: DataConfig) -> tuple[list[str], list[int], list[str
         if not column:
             raise UserError(
                 f"data.text_column: {AUTO}, but none of {', '.join(TEXT_COLUMNS)} is in {config.path}; accepted: one of "
-                f"{columns}, with captions or classes (an image folder needs a folder a class, at least two, or a metadata.jsonl)"
+                f"{columns}, with captions or classes (an image folder needs at least two class folders, or a metadata.jsonl)"
             )
     if column not in table.column_names:
         raise UserError(f"data.text_column: {column!r} is not in {config.path}; accepted: {columns}")
@@ -296,7 +298,7 @@ def _captions(table, config: DataConfig) -> tuple[list[str], list[int], list[str
             own = [str(number) for number in range(max(values) + 1)]
             if config.class_names is None:
                 logger.warning(
-                    "%s has classes without names: prompts are made of their numbers; see data.class_names", column
+                    "%s has classes without names: prompts will use their numbers; see data.class_names", column
                 )
         names = resolve_class_names(config.class_names, own)
         return names, list(values), names

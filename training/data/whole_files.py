@@ -1,7 +1,7 @@
-"""Which of a data set's files is damaged, and whether those that are in use are still what they were.
+"""Finds the damaged file of a data set, and detects files that were truncated while in use.
 
-Readers of data sets raise errors of many kinds, few of which name a file. So when one was raised, the files are read one by one
-until one cannot be. That costs nothing as long as all is well.
+Data set readers raise many kinds of errors, few of which name a file. So after an error the files are read one by one until one
+fails. This costs nothing as long as there are no errors.
 """
 
 import bisect
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from latte_flow.training.errors import UserError
 
 STATE_FILE = "state.json"
-"""What save_to_disk writes beside its Arrow files."""
+"""Written by save_to_disk next to its Arrow files."""
 STATE_KEYS = (
     "_data_files",
     "_fingerprint",
@@ -34,38 +34,38 @@ END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def damaged_file(files: Iterable[Path]) -> tuple[Path, str] | None:
-    """Return the first file that cannot be read, and why; None when all can. Every byte is read."""
+    """Return the first unreadable file and the reason, or None if all are readable. Reads every byte."""
     for file in files:
         try:
             if not os.path.getsize(file):
                 return file, "is empty"
             _READERS.get(file.suffix, _read)(file)
-        except Exception as error:  # this is what is looked for
+        except Exception as error:  # any error means that the file is damaged
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())}"
             return file, f"cannot be read ({reason})"
     return None
 
 
 def check_end(file: Path) -> None:
-    """Refuse a stream of Arrow record batches that was cut off between two of them: it would be read as one of fewer images.
+    """Reject a stream of Arrow record batches that was truncated between two batches: it would be read as a shorter one.
 
     Raises:
-        UserError: when the mark of the end, which ``save_to_disk`` writes, is not there.
+        UserError: when the end marker, which ``save_to_disk`` writes, is missing.
     """
     with file.open("rb") as stream:
         stream.seek(max(file.stat().st_size - len(END_OF_STREAM), 0))
         if stream.read() != END_OF_STREAM:
             raise UserError(
-                f"data.path: {file} is cut off: the mark of its end is missing; accepted: a whole copy of it"
+                f"data.path: {file} is truncated: its end marker is missing; accepted: an intact copy of it"
             )
 
 
 def check_tars(files: Iterable[Path], copy: Path) -> None:
-    """Refuse tar files with a damaged header, which readers take for the end: they would see fewer images and say nothing.
+    """Reject tar files with a damaged header, which readers treat as the end: they would silently see fewer images.
 
     Args:
         files: tar files.
-        copy: the folder in which ``datasets`` keeps what it read of them; a mark there says that they were whole.
+        copy: the cache folder of ``datasets`` for these files; a marker file there records that they were intact.
 
     Raises:
         UserError: naming the first damaged file.
@@ -78,8 +78,8 @@ def check_tars(files: Iterable[Path], copy: Path) -> None:
             with tarfile.open(file, "r:") as tar:
                 _check_headers(tar)
         except (OSError, ValueError, tarfile.TarError) as error:
-            raise UserError(f"data.path: {file} cannot be read ({error}); accepted: a whole copy of it") from error
-    with contextlib.suppress(OSError):  # a copy that others made: then it is checked at every start
+            raise UserError(f"data.path: {file} cannot be read ({error}); accepted: an intact copy of it") from error
+    with contextlib.suppress(OSError):  # another user's cache: then the files are checked at every start
         mark.touch()
 
 
@@ -88,15 +88,15 @@ def _check_headers(tar: tarfile.TarFile) -> None:
         pass
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(len(END_OF_TAR)) != END_OF_TAR:
-        raise tarfile.ReadError(f"neither a file nor the end at byte {tar.offset}")
+        raise tarfile.ReadError(f"neither a file header nor the end of the archive at byte {tar.offset}")
 
 
 class MappedFiles:
-    """Files that are memory-mapped while a run goes on. Reading a page of one that was cut off ends the process with SIGBUS.
+    """Files that stay memory-mapped during a run. Reading a page of a truncated file kills the process with SIGBUS.
 
     Args:
-        files: they are mapped already.
-        rows: how many rows of the data set each file has, in their order; None where that is not known.
+        files: the files, already mapped.
+        rows: number of data set rows in each file, in order; None if unknown.
     """
 
     def __init__(self, files: Iterable[Path], rows: Sequence[int] | None):
@@ -104,7 +104,7 @@ class MappedFiles:
         self._ends = None if rows is None else list(itertools.accumulate(rows))
 
     def check(self, row: int) -> None:
-        """Raise UserError when the file of a row has become shorter. One that was removed or replaced stays mapped as it was."""
+        """Raise UserError when the file of a row has become shorter. A removed or replaced file stays mapped unchanged."""
         found = self._found if self._ends is None else [self._found[bisect.bisect(self._ends, row)]]
         for file, before in found:
             try:
@@ -116,7 +116,7 @@ class MappedFiles:
                     f"data.path: {file} cannot be read: {error.strerror}; accepted: the file as it was"
                 ) from error
             if now.st_size < before.st_size and os.path.samestat(now, before):
-                raise UserError(f"data.path: {file} was cut off while it was in use; accepted: the file as it was")
+                raise UserError(f"data.path: {file} was truncated while in use; accepted: the file as it was")
 
 
 def _read(file: Path) -> None:
@@ -141,7 +141,7 @@ def _read_arrow(file: Path) -> None:
 
 
 def _read_schema(schema: pa.Schema) -> None:
-    import datasets  # costs a second to import
+    import datasets  # takes a second to import
 
     datasets.Features.from_arrow_schema(schema)
 
@@ -151,7 +151,7 @@ def _read_tar(file: Path) -> None:
         for member in tar:
             if member.isfile():
                 stream = tar.extractfile(member)
-                assert stream is not None  # only of links and special files
+                assert stream is not None  # None only for links and special files
                 stream.read()
         _check_headers(tar)
 

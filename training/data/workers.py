@@ -1,18 +1,18 @@
-"""Processes that prepare batches, and signals: a stop request must not end them, and an exit must."""
+"""Signal handling of data workers: a stop request must not end them, and an exit must."""
 
 import multiprocessing
 import multiprocessing.util
 import signal
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Requests to stop a run; see training/monitor/preemption.py."""
+"""Signals that request a run to stop; see training/monitor/preemption.py."""
 
 
 def ignore_stop_signals(_worker: int = 0) -> None:
-    """Make a data worker deaf to the signals of a stop (torch's DataLoader calls it in each).
+    """Make a data worker ignore the stop signals (torch's DataLoader calls this in each worker).
 
-    SLURM signals every process of a job step. A worker that died of it would make the training process fail before its save.
-    ``kill_workers_at_exit`` ends them instead.
+    SLURM signals every process of a job step. If a worker died from it, the training process would fail before saving.
+    ``kill_workers_at_exit`` ends the workers instead.
     """
     signal.set_wakeup_fd(-1)  # a forked worker shares the training process's pipe
     for number in STOP_SIGNALS:
@@ -20,11 +20,11 @@ def ignore_stop_signals(_worker: int = 0) -> None:
 
 
 def kill_workers_at_exit() -> None:
-    """Have data workers that are left when this process exits, after an error that is, ended by a signal that they do hear.
+    """Kill data workers that are left when this process exits after an error with a signal they do not ignore.
 
-    multiprocessing would send them SIGTERM and wait for their end for ever, and the whole launch with it.
+    multiprocessing would send them SIGTERM and wait forever, and the whole launch with it.
     """
-    # Before multiprocessing ends its children itself.
+    # The priority makes it run before multiprocessing ends its children itself.
     multiprocessing.util.Finalize(None, _kill_workers, exitpriority=100)
 
 

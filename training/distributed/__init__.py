@@ -1,1 +1,1 @@
-"""Ranks: their place, the batch layout, tensor parallelism, collectives, and what is read of DeepSpeed's ZeRO optimizers."""
+"""Ranks, the batch layout, tensor parallelism, collectives, and access to the state of DeepSpeed's ZeRO optimizers."""

@@ -1,4 +1,4 @@
-"""How an optimizer step's samples are spread over ranks and micro-batches."""
+"""The distribution of an optimizer step's samples over ranks and micro-batches."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from latte_flow.training.errors import UserError
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How an optimizer step's samples are spread over ranks and micro-batches.
+    """The distribution of an optimizer step's samples over ranks and micro-batches.
 
-    Micro-batch a of rank r holds the samples s B + (a W + r) b + (0 .. b - 1) of step s, W ranks, so any W and b that share
-    B = a W b train the same samples.
+    Micro-batch a of rank r in step s holds the samples s B + (a W + r) b + (0 .. b - 1), where B is the global batch size, W the
+    number of ranks and b the micro-batch size. A step therefore trains the same samples for any W and b.
     """
 
     global_batch_size: int
@@ -25,19 +25,19 @@ class BatchLayout:
         return self.global_batch_size // (self.micro_batch_size * self.world_size)
 
     def indices(self, step: int, micro_step: int) -> range:
-        """Return this rank's global sample indices of one micro-batch."""
+        """Return the global sample indices of one micro-batch on this rank."""
         first = step * self.global_batch_size + (micro_step * self.world_size + self.rank) * self.micro_batch_size
         return range(first, first + self.micro_batch_size)
 
 
 def make_batch_layout(config: TrainingConfig, *, num_groups: int, world_size: int, rank: int) -> BatchLayout:
-    """Return how the global batch is spread over ranks and micro-batches.
+    """Return the distribution of the global batch over ranks and micro-batches.
 
     Args:
         config: the run.
         num_groups: K.
-        world_size: how many ranks train parts of the batch of their own: training/distributed/ranks.py's data_size.
-        rank: which of them this is.
+        world_size: number of data-parallel ranks (``Ranks.data_size``).
+        rank: this rank's index among them.
 
     Raises:
         UserError: when global_batch_size is not accumulation x micro_batch_size x world size, or a micro-batch cannot be split
@@ -57,6 +57,6 @@ def make_batch_layout(config: TrainingConfig, *, num_groups: int, world_size: in
     if config.groups_per_sample != "all" and micro % num_groups:
         raise UserError(
             f"micro_batch_size: {micro} (of global_batch_size {total} on {ranks}) is not a multiple of the "
-            f"{num_groups} groups that each micro-batch is dealt to (model.num_groups)"
+            f"{num_groups} groups that share each micro-batch equally (model.num_groups)"
         )
     return BatchLayout(global_batch_size=total, micro_batch_size=micro, world_size=world_size, rank=rank)

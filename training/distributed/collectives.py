@@ -1,4 +1,4 @@
-"""Collectives over Python objects: every rank of a group calls them, in the same order."""
+"""Collectives over Python objects: all ranks of a group must call them in the same order."""
 
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ def is_first_rank() -> bool:
 
 
 def print_once(message: str) -> None:
-    """Print a line of the whole run: on the first rank, at once. Not collective."""
+    """Print a message on rank 0 only, unbuffered. Not collective."""
     if is_first_rank():
         print(message, flush=True)
 
@@ -24,14 +24,14 @@ def share(items: list[T]) -> list[T]:
 
 
 def agree(value: T, group: dist.ProcessGroup | None = None) -> T:
-    """Return rank 0's value, its view of the file system for example."""
+    """Return rank 0's value on all ranks, for example its view of the file system."""
     box = [value]
     dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
 def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Return the values of all ranks of a group, in the order of ranks."""
+    """Return the values of all ranks of a group, in rank order."""
     parts: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(parts, value, group)
     return parts

@@ -1,7 +1,7 @@
-"""Where a rank stands: which part of the batch it trains, and which part of every layer it holds.
+"""The role of a rank: the part of the batch it trains, and the part of every layer it holds.
 
 Without tensor parallelism each rank trains its own part of the batch with the whole network. With it, ``tensor_parallel``
-consecutive ranks hold one network between them and train the same part of the batch.
+consecutive ranks share one network and train the same part of the batch.
 """
 
 import os
@@ -17,20 +17,20 @@ from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.partition import whole_shape
 from latte_flow.training.errors import UserError
 
-# tensor_parallel.py is imported where it is used: megatron-core takes seconds to import, and most runs do without.
+# tensor_parallel.py is imported where it is used: megatron-core takes seconds to import, and most runs do not need it.
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This rank's place, and what it means for networks. Without tensor parallelism the methods change nothing.
+    """This rank's data-parallel and tensor-parallel position. Without tensor parallelism the methods change nothing.
 
     Attributes:
-        data_rank: which part of the batch it trains.
-        data_size: how many parts the batch has.
-        tensor_rank: which part of the split parameters it holds.
-        tensor_size: how many parts they have; 1 without tensor parallelism.
-        data_group: the ranks that hold the same part as this one and train all parts of the batch; None for all ranks.
-        mpu: what DeepSpeed asks for the groups; None without tensor parallelism.
+        data_rank: index of the part of the batch it trains.
+        data_size: number of parts of the batch.
+        tensor_rank: index of the part of split parameters it holds.
+        tensor_size: number of those parts; 1 without tensor parallelism.
+        data_group: the data-parallel group of this rank, whose ranks hold the same part of the network; None for all ranks.
+        mpu: model parallel unit that provides the groups to DeepSpeed; None without tensor parallelism.
     """
 
     data_rank: int
@@ -41,14 +41,14 @@ class Ranks:
     mpu: object | None = None
 
     def split_model(self, model: LatteFlowModel) -> None:
-        """Leave this rank its part of a network on the CPU that is the same on all ranks; names stay what they are."""
+        """Reduce a network on the CPU, identical on all ranks, to this rank's part; parameter names do not change."""
         if self.tensor_size > 1:
             from latte_flow.training.distributed.tensor_parallel import split_model
 
             split_model(model)
 
     def split_frozen(self, vlm: nn.Module) -> nn.Module:
-        """Return this rank's part of a frozen VLM; the VLM stays whole."""
+        """Return this rank's part of a frozen VLM; the VLM itself is not changed."""
         if self.tensor_size == 1:
             return vlm
         from latte_flow.training.distributed.tensor_parallel import split_frozen
@@ -56,7 +56,7 @@ class Ranks:
         return split_frozen(vlm)
 
     def gather_heads(self, values: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-        """Return, for every layer, what each rank has of its own heads, [B, H / ranks], as a whole, [B, H]. Collective."""
+        """Gather each rank's values of its own heads, [B, H / ranks], into all heads, [B, H], for every layer. Collective."""
         if self.tensor_size == 1:
             return values
         from latte_flow.training.distributed.tensor_parallel import gather_heads
@@ -64,13 +64,13 @@ class Ranks:
         return gather_heads(values)
 
     def whole_size(self, name: str, parameter: Tensor) -> int:
-        """Return how many numbers a parameter has over all its parts."""
+        """Return the number of elements of a parameter over all its parts."""
         own = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves parameters empty
         return whole_shape(name, own, self.tensor_size).numel()
 
 
 def start_alone_without_launcher() -> None:
-    """Set the variables of a launch of one rank, where no launcher has set any."""
+    """Set the environment variables of a one-rank launch, unless a launcher has set them."""
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         return
     with socket.socket() as probe:
@@ -81,10 +81,10 @@ def start_alone_without_launcher() -> None:
 
 
 def data_parallel_size(tensor_parallel: int, world_size: int) -> int:
-    """Return how many parts the batch is cut into.
+    """Return the number of data-parallel ranks.
 
     Raises:
-        UserError: when the ranks cannot be dealt into equal sets.
+        UserError: when ``tensor_parallel`` does not divide the number of ranks.
     """
     if world_size % tensor_parallel:
         accepted = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
@@ -95,14 +95,14 @@ def data_parallel_size(tensor_parallel: int, world_size: int) -> int:
 
 
 def arrange_ranks(tensor_parallel: int, patience: timedelta) -> Ranks:
-    """Return this rank's place among all, and make the process groups for it. Collective.
+    """Create the process groups and return this rank's position. Collective.
 
     Args:
-        tensor_parallel: how many ranks hold one network.
-        patience: how long a collective of the groups may take.
+        tensor_parallel: number of ranks that share one network.
+        patience: timeout of the groups' collectives.
 
     Raises:
-        UserError: when that does not divide the number of ranks.
+        UserError: when ``tensor_parallel`` does not divide the number of ranks.
     """
     data_size = data_parallel_size(tensor_parallel, dist.get_world_size())
     if tensor_parallel == 1:

@@ -1,9 +1,9 @@
-"""Tensor parallelism by megatron-core: its process groups, and its linears in the places that model/partition.py names.
+"""Tensor parallelism with megatron-core: its process groups, and its linears in place of those listed in model/partition.py.
 
-A layer's projections to heads and hidden units are split by outputs (ColumnParallelLinear), the ones back by inputs
-(RowParallelLinear, which adds the ranks' outputs up). In between a rank computes its own heads and units and needs no other.
-Whatever goes into a ColumnParallelLinear is the same on all ranks and gets its whole gradient on all ranks; so do the parameters
-that are not split, which hence stay the same bits on all ranks without anybody comparing them.
+A layer's projections to heads and hidden units are split by outputs (ColumnParallelLinear), the projections back by inputs
+(RowParallelLinear, which sums the ranks' outputs). In between, each rank computes its own heads and units without communication.
+The input of a ColumnParallelLinear is identical on all ranks and receives its full gradient on all ranks. The same holds for
+parameters that are not split, which therefore stay bit-identical on all ranks without synchronisation.
 """
 
 import copy
@@ -19,7 +19,7 @@ from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.partition import partition_dim, take_part
 
 with warnings.catch_warnings():
-    # One warning a module that Transformer Engine and Apex, which are not used, are not there.
+    # Each module warns that Transformer Engine and Apex, which are not used, are missing.
     warnings.simplefilter("ignore", UserWarning)
     from megatron.core import ModelParallelConfig, parallel_state
     from megatron.core.tensor_parallel import (
@@ -30,11 +30,11 @@ with warnings.catch_warnings():
 
 
 def initialize(size: int, patience: timedelta) -> None:
-    """Make megatron-core's process groups. Collective.
+    """Create megatron-core's process groups. Collective.
 
     Args:
-        size: of a set of consecutive ranks that hold one network; it divides the number of ranks.
-        patience: how long a collective may take.
+        size: number of consecutive ranks that share one network; divides the number of ranks.
+        patience: timeout of collectives.
     """
     minutes = patience.total_seconds() / 60
     parallel_state.initialize_model_parallel(
@@ -43,10 +43,10 @@ def initialize(size: int, patience: timedelta) -> None:
 
 
 class ModelParallelUnit:
-    """What DeepSpeed asks of its ``mpu``, answered by megatron-core's parallel_state: the model is parallel in tensors alone.
+    """DeepSpeed's ``mpu`` interface over megatron-core's parallel_state: the only model parallelism is tensor parallelism.
 
-    DeepSpeed reduces gradients and cuts optimizer states over the data-parallel group, and adds the squares of a gradient's norm
-    over the model-parallel group: of parameters marked ``tensor_model_parallel`` each rank's, of all others rank 0's.
+    DeepSpeed reduces gradients and shards optimizer states over the data-parallel group, and sums squared gradient norms over the
+    model-parallel group: from every rank for parameters marked ``tensor_model_parallel``, from rank 0 only for all others.
     """
 
     get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
@@ -61,20 +61,21 @@ class ModelParallelUnit:
 
 
 class _OnlyOutput:
-    """Makes of megatron-core's linears what nn.Linear is: one output, and a state dict of weight and bias alone."""
+    """Makes megatron-core's linears behave like nn.Linear: one output, and a state dict of only weight and bias."""
 
-    get_extra_state = nn.Module.get_extra_state  # theirs puts an entry that is None into every state dict
+    get_extra_state = nn.Module.get_extra_state  # theirs adds a None entry to every state dict
 
     def forward(self, x: Tensor) -> Tensor:
-        output, _ = super().forward(x)  # type: ignore[misc]  # of the linear it is mixed into; the second is a bias that is not added yet: never asked for
+        # The second output is a bias to be added later, which is never requested.
+        output, _ = super().forward(x)  # type: ignore[misc]  # defined by the linear this is mixed into
         return output
 
 
 class _Column(_OnlyOutput, ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         if not x.requires_grad:
-            # megatron-core would compute the input's gradient all the same, and sum it over the ranks: of a frozen VLM's context,
-            # which may be longer than the image.
+            # megatron-core would still compute the input's gradient and all-reduce it, here for a frozen VLM's context, which may
+            # be longer than the image.
             return nn.functional.linear(x, self.weight, self.bias)
         return super().forward(x)
 
@@ -84,7 +85,7 @@ class _Row(_OnlyOutput, RowParallelLinear):
 
 
 def _parallel_linear(name: str, whole: nn.Linear) -> nn.Module:
-    """Return this rank's part of a linear, with the same weights."""
+    """Return this rank's part of a linear, initialised from its weights."""
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     config = ModelParallelConfig(
         tensor_model_parallel_size=size,
@@ -98,7 +99,7 @@ def _parallel_linear(name: str, whole: nn.Linear) -> nn.Module:
         part = _Column(whole.in_features, whole.out_features, gather_output=False, **fields)
     else:
         part = _Row(whole.in_features, whole.out_features, input_is_parallel=True, skip_bias_add=False, **fields)
-    # megatron-core marks a weight when it initialises it. Unmarked, DeepSpeed would count rank 0's part of its gradient alone.
+    # megatron-core marks weights only when it initialises them. Unmarked, only rank 0's part would count in the gradient norm.
     set_tensor_model_parallel_attributes(part.weight, True, dim, 1)
     with torch.no_grad():
         for kind, parameter in whole.named_parameters():
@@ -117,12 +118,12 @@ def _parts(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def split_model(model: LatteFlowModel) -> None:
-    """Leave this rank its part of a whole network on the CPU, the same on all ranks; names stay what they are."""
+    """Reduce a network on the CPU, identical on all ranks, to this rank's part; parameter names do not change."""
     model.replace_linears(_parts(model))
 
 
 def split_frozen(vlm: nn.Module) -> nn.Module:
-    """Return this rank's part of a frozen VLM. It shares all that is not split with the VLM, which stays whole."""
+    """Return this rank's part of a frozen VLM. Parameters that are not split are shared with the VLM, which is not changed."""
     part = copy.deepcopy(vlm, memo={id(parameter): parameter for parameter in vlm.parameters()})
     for name, linear in _parts(vlm).items():
         part.set_submodule(name, linear, strict=True)
@@ -130,14 +131,14 @@ def split_frozen(vlm: nn.Module) -> nn.Module:
 
 
 def gather_heads(values: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Return, for every layer, what each rank has of its own heads [B, H / ranks] as a whole, [B, H]. Collective."""
+    """Gather each rank's values of its own heads, [B, H / ranks], into all heads, [B, H], for every layer. Collective."""
     group, size = (
         parallel_state.get_tensor_model_parallel_group(),
         parallel_state.get_tensor_model_parallel_world_size(),
     )
     whole = {}
     for layer, own in values.items():
-        # Not megatron-core's gather_from_tensor_model_parallel_region: it puts its result on a CUDA device, even where none is.
+        # Not megatron-core's gather_from_tensor_model_parallel_region: it always allocates its result on a CUDA device.
         parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(size)]
         dist.all_gather(parts, own.contiguous(), group)
         whole[layer] = torch.cat(parts, dim=-1)

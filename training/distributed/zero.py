@@ -1,6 +1,6 @@
-"""What the trainer reads and writes of DeepSpeed's ZeRO optimizers (stages 1 to 3), in one place.
+"""Reads and writes the state of DeepSpeed's ZeRO optimizers (stages 1 to 3).
 
-These are DeepSpeed's internals: names that a new version may change. Everything else of the project goes through the engine.
+This module uses DeepSpeed internals, whose names may change between versions. All other code goes through the engine.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from latte_flow.model.partition import SPLIT_BY_COLUMNS, SPLIT_BY_ROWS
 
 
 def master_shards(zero) -> list[Tensor]:
-    """Return this rank's flat float32 shards of the master weights: the tensors that the base optimizer updates."""
+    """Return this rank's flat float32 shards of the master weights, which the base optimizer updates."""
     if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
         return list(zero.fp32_partitioned_groups_flat)
     return list(zero.single_partition_of_fp32_groups)
@@ -31,11 +31,11 @@ def master_shards(zero) -> list[Tensor]:
 
 @torch.no_grad()
 def refresh_model_weights(zero) -> None:
-    """Give the model the weights of the master shards, as DeepSpeed does after an optimizer step. Collective."""
+    """Update the model's weights from the master shards, as DeepSpeed does after an optimizer step. Collective."""
     if not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
         zero.update_lp_params()
         return
-    # Parameters too small to be worth sharding stay gathered on every rank: they are sharded for the copy, and gathered again.
+    # Small (persistent) parameters stay gathered on every rank: they are sharded for the copy and gathered again.
     persistent = zero.persistent_parameters
     if persistent:
         persistent[0].partition(persistent)
@@ -46,7 +46,7 @@ def refresh_model_weights(zero) -> None:
 
 
 def gradient_norms(zero) -> list[tuple[int, Tensor]]:
-    """Return (index of the optimizer's parameter group, norm of a part of its gradient over all ranks, not clipped). Collective.
+    """Return (optimizer parameter group index, unclipped norm over all ranks of a part of its gradient) pairs. Collective.
 
     Call it between backward and step, at a gradient accumulation boundary.
     """
@@ -65,29 +65,31 @@ def gradient_norms(zero) -> list[tuple[int, Tensor]]:
 
 
 def prepare_optimizer_state(zero, keys: Iterable[str], updates: int) -> None:
-    """Give the base optimizer of this rank a state of zeros, as after ``updates`` updates, for ``write_state`` to fill.
+    """Initialise this rank's base optimizer state with zeros and ``updates`` updates, for ``write_state`` to fill.
 
     Args:
         zero: DeepSpeed's ZeRO optimizer, before its first step, over a fused AdamW.
-        keys: what it keeps of each parameter; none means that there has been no update.
-        updates: how many there have been.
+        keys: its state tensors of each parameter; empty if there was no update.
+        updates: number of updates done.
     """
     keys = list(keys)
     if not keys:
         return
     for shard in master_shards(zero):
-        counter = torch.tensor(float(updates), device=shard.device)  # a fused AdamW counts on the shard's device
+        counter = torch.tensor(
+            float(updates), device=shard.device
+        )  # a fused AdamW keeps its counter on the shard's device
         zero.optimizer.state[shard] = {"step": counter} | {key: torch.zeros_like(shard) for key in keys}
     if not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
-        zero._lazy_init_hp_params_optimizer_state()  # makes the state known to the parameters
+        zero._lazy_init_hp_params_optimizer_state()  # links the state to the parameters
 
 
 def write_state(parameter, value: Tensor, key: str | None = None) -> None:
-    """Write this rank's part of a parameter's float32 master weight, or of what the optimizer keeps of it under ``key``.
+    """Write this rank's part of a parameter's float32 master weight, or of its optimizer state ``key``.
 
     Args:
         parameter: a trained parameter of an engine with ZeRO; DeepSpeed adds attributes to it.
-        value: float32, the whole of it, in the parameter's unsharded shape.
+        value: the whole value, float32, in the parameter's unsharded shape.
         key: as in ``prepare_optimizer_state``.
     """
     if not hasattr(parameter, "ds_id"):
@@ -96,7 +98,7 @@ def write_state(parameter, value: Tensor, key: str | None = None) -> None:
         else:
             safe_set_full_optimizer_state(parameter, value, key)
         return
-    # Stage 3. DeepSpeed's setter of whole values fails where the ranks do not divide the parameter.
+    # Stage 3. DeepSpeed's setter of whole values fails if the number of ranks does not divide the parameter's size.
     length, group = parameter.partition_numel(), parameter.ds_process_group
     padded = torch.nn.functional.pad(value.flatten(), (0, length * dist.get_world_size(group) - value.numel()))
     part = padded[length * dist.get_rank(group) :][:length]
@@ -107,14 +109,14 @@ def write_state(parameter, value: Tensor, key: str | None = None) -> None:
 
 
 def holds_part(parameter) -> bool:
-    """Return whether this rank's shard has any of a trained parameter, so that ``write_state`` does anything."""
+    """Return whether this rank's shard holds a part of a trained parameter, for ``write_state`` to write."""
     return hasattr(parameter, "ds_id") or parameter._hp_mapping is not None
 
 
 def layout(engine) -> str:
-    """Return a digest of how an engine cuts the trained state into shards: those of an equal layout are read as they are.
+    """Return a digest of how an engine shards the trained state; shards with an equal layout are read without resharding.
 
-    It changes with the ranks and the kind of stage, and with options of DeepSpeed's file that order or align parameters.
+    It changes with the number of ranks and the kind of stage, and with DeepSpeed options that order or align parameters.
     """
     zero = engine.optimizer
     order = [[[name, list(shape)] for name, shape in group.items()] for group in engine._get_zero_param_shapes()]
@@ -127,15 +129,15 @@ def layout(engine) -> str:
 
 
 def mark_universal(model: torch.nn.Module, tensor_parallel: int = 1) -> None:
-    """Have DeepSpeed note in checkpoints that its ds_to_universal may convert them: it asks for that with stages 1 and 2.
+    """Make DeepSpeed mark checkpoints as convertible by its ds_to_universal, which requires that for stages 1 and 2.
 
     Args:
-        model: with ``tensor_parallel``, a rank's part.
-        tensor_parallel: how many ranks share a network. What ds_to_universal is not told otherwise, it joins by rows.
+        model: the network, or a rank's part of it with ``tensor_parallel``.
+        tensor_parallel: number of ranks that share a network. By default ds_to_universal joins parameters by rows.
     """
     info = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
     if tensor_parallel > 1:
         info[constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS] = [rf"(?:{SPLIT_BY_COLUMNS})$"]
-        # What all ranks hold is averaged: that is itself, or differs by rounding (model/partition.py).
+        # Replicated parameters are averaged, which changes them at most by rounding (model/partition.py).
         info[constants.PARAMETER_TO_AVERAGE_PATTERNS] = [rf"(?!(?:{SPLIT_BY_ROWS}|{SPLIT_BY_COLUMNS})$)"]
     setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, info)

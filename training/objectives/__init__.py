@@ -1,1 +1,1 @@
-"""What a run trains on: each objective gives samples, batches and losses."""
+"""Training objectives: each defines samples, batches and losses."""

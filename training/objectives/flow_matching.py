@@ -1,6 +1,6 @@
 """Flow matching on timestep experts (paper sections 2 and 3): samples, batches and the loss.
 
-Order, condition drop, flips, noise and timesteps are counter-based draws: they depend on (seed, global sample index) alone.
+Order, condition drop, flips, noise and timesteps are counter-based draws: they depend only on (seed, global sample index).
 
 Shapes: b micro-batch, K groups, c image channels, R resolution, C latent channels, (H, W) latent size.
 """
@@ -26,11 +26,11 @@ class FlowMatchingSamples(Samples):
         images: the data.
         experts: the intervals that timesteps are drawn from.
         latent_shape: (C, H, W) of the noise.
-        seed: the run's.
+        seed: seed of the run.
         condition_drop: fraction of samples that get the null prompt.
         null_row: the row of the null prompt.
         horizontal_flip: whether half of the images are mirrored.
-        groups_per_sample: 1, sample i trains group i mod K; ``all``, every group.
+        groups_per_sample: with 1, sample i trains group i mod K; with ``all``, every group.
     """
 
     def __init__(
@@ -56,15 +56,17 @@ class FlowMatchingSamples(Samples):
         self._order: tuple[int, np.ndarray] | None = None
 
     def data_index(self, index: int) -> int:
-        """Return which image a global sample index trains: each epoch runs once through all of them in a new order."""
+        """Return the image index of a global sample index: each epoch visits every image once, in a new order."""
         epoch, position = divmod(index, len(self.images))
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, permutation(self.seed, Stream.DATA_ORDER, epoch, len(self.images)))
         return int(self._order[1][position])
 
     def __getitem__(self, index: int) -> dict:
-        """Return one sample: image [c, R, R] or latent [C, H, W], noise [C, H, W], groups [n] and timesteps [n] (n = 1 or K), its
-        prompt row."""
+        """Return one sample: image [c, R, R] or latent [C, H, W], noise [C, H, W], groups [n], timesteps [n], prompt row.
+
+        n is 1, or K with ``groups_per_sample: all``.
+        """
         flip = self.horizontal_flip and uniform(self.seed, Stream.FLIP, index) < 0.5
         sample = self.images.sample(self.data_index(index), flip=flip)
         row = sample.pop("row")
@@ -84,7 +86,7 @@ class FlowMatchingSamples(Samples):
         }
 
     def collate(self, samples: list[dict]) -> "Batch":
-        """Put samples into a batch, ordered by group and within a group by global sample index."""
+        """Collate samples into a batch, ordered by group and within a group by global sample index."""
         rows = sorted(
             ((int(group), position, k) for position, s in enumerate(samples) for k, group in enumerate(s["groups"]))
         )
@@ -105,8 +107,8 @@ class FlowMatchingSamples(Samples):
 class Batch:
     """A micro-batch whose rows are ordered by group, in K equal parts.
 
-    It holds images or, where they were encoded ahead, latents. With ``groups_per_sample: all`` a sample fills K rows, and each
-    image or latent is held once: ``image_rows`` names it.
+    It holds images or precomputed latents. With ``groups_per_sample: all`` a sample takes K rows, but its image or latent is
+    stored once: ``image_rows`` gives the index for each row.
     """
 
     images: Tensor | None  # [b, c, R, R]
@@ -114,12 +116,12 @@ class Batch:
     noise: Tensor  # [rows, C, H, W]
     timesteps: Tensor  # [rows] float32
     groups: Tensor  # [rows] int64
-    context_rows: Tensor  # [rows] int64, always on the CPU: the cache of prompts is managed there
+    context_rows: Tensor  # [rows] int64, always on the CPU: the context cache is managed there
     sample_indices: Tensor  # [rows] int64, global
     latents: Tensor | None = None  # [b, C, H, W] bfloat16
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device, all but ``context_rows``."""
+        """Return the batch on a device, except ``context_rows``."""
         moved = self._map(lambda value: value.to(device, non_blocking=True))
         return replace(moved, context_rows=self.context_rows)
 

@@ -1,1 +1,1 @@
-"""Latents that were encoded ahead: the data set, one shard of it, and the writer."""
+"""Precomputed latents: the data set, its shards, and the writer."""

@@ -1,17 +1,17 @@
-"""Latents encoded ahead by tools/encode_latents.py, read for training.
+"""The data set of latents precomputed by tools/encode_latents.py.
 
-The folder is a saved data set of Hugging Face ``datasets`` (``load_from_disk`` opens it) with a manifest beside it:
+The folder is a saved data set of Hugging Face ``datasets`` (``load_from_disk`` opens it) with an additional manifest:
 
-    manifest.json                    what was encoded by what, counts, statistics, size and SHA-256 of each shard; written last
-    settings.json                    the part of it that is known before the first image, written first
+    manifest.json                    source and codec, counts, statistics, size and SHA-256 of each shard; written last
+    settings.json                    the part of the manifest known before the first image, written first
     data-00000-of-00313.arrow        latents of the images 0 .. shard_size - 1 of the source, and so on
     data-00000-of-00313.json         written after the shard is complete: rows, SHA-256, sums, broken images
     state.json, dataset_info.json    what load_from_disk reads
 
-A row: ``latent`` and, with flips, ``latent_flipped`` (the latent of the mirrored image), the bits of C x H x W bfloat16 numbers
-in that order as int16, because Arrow has no bfloat16 (``torch.from_numpy(array).view(torch.bfloat16)`` reads it, no copy);
-``label`` (a class) or ``text`` (a caption); ``index``, the row of the source that the latent is of. Row i is that of image i, or
-of its replacement when it is broken, so a training run draws the same samples from latents as from images.
+Columns: ``latent`` and, with flips, ``latent_flipped`` (the latent of the mirrored image), the bits of C x H x W bfloat16 numbers
+in that order as int16, because Arrow has no bfloat16 (``torch.from_numpy(array).view(torch.bfloat16)`` reads them without a
+copy); ``label`` (a class) or ``text`` (a caption); ``index``, the source row of the latent. Row i belongs to image i, or to its
+replacement if that is broken, so a training run draws the same samples from latents as from images.
 
 Shapes: C latent channels, (H, W) latent size.
 """
@@ -39,33 +39,33 @@ SETTINGS_FILE = "settings.json"
 STATE_FILE = "state.json"
 COMMAND = "tools/encode_latents.py"
 ENCODE_AGAIN = f"delete it and the .json of the same name, {MANIFEST_FILE} too, and run {COMMAND} again"
-"""What mends a damaged shard."""
+"""How to fix a damaged shard."""
 
 
 def shard_name(shard: int, num_shards: int) -> str:
-    """Return the file name of a shard, as ``datasets`` names them."""
+    """Return the file name of a shard, in the naming scheme of ``datasets``."""
     return f"data-{shard:05d}-of-{num_shards:05d}.arrow"
 
 
 def latent_columns(flips: bool) -> tuple[str, ...]:
-    """Return the names of the columns of latents."""
+    """Return the names of the latent columns."""
     return ("latent", "latent_flipped") if flips else ("latent",)
 
 
 class LatentDataset(Dataset):
-    """Latents with prompts; takes the place of an ImageDataset.
+    """Latents with prompts; a replacement for ImageDataset.
 
     Attributes:
         name: for messages and logs.
         manifest: the content of manifest.json.
-        prompt_rows: the row of ``prompts`` that each latent has.
+        prompt_rows: the row of each latent's prompt in ``prompts``.
         prompts: the distinct user messages.
-        image_channels: c of the images that were encoded.
-        class_names: names of the classes, or None for captions.
-        fingerprint: of the manifest, which holds the hash of every shard.
+        image_channels: c of the encoded images.
+        class_names: class names, or None for captions.
+        fingerprint: SHA-256 of the manifest, which holds the hash of every shard.
 
     Raises:
-        UserError: when a shard cannot be read, or does not hold what the manifest says.
+        UserError: when a shard is unreadable or does not match the manifest.
     """
 
     def __init__(
@@ -100,16 +100,16 @@ class LatentDataset(Dataset):
         return len(self.prompt_rows)
 
     def sample(self, index: int, *, flip: bool) -> dict:
-        """Return {"latent": [C, H, W] bfloat16 of the image or of the mirrored image, "row": row of its prompt}.
+        """Return {"latent": [C, H, W] bfloat16 of the image or the mirrored image, "row": row of its prompt}.
 
         Raises:
-            UserError: when the file cannot be read any more.
+            UserError: when the file can no longer be read.
         """
         shard, row = divmod(index, self.shard_size)
         return {"latent": self._shards[shard].read(int(flip), row), "row": int(self.prompt_rows[index])}
 
     def damaged_shards(self, rank: int, world_size: int) -> list[str]:
-        """Return what is wrong with this rank's share of the shards, going by their SHA-256: every byte is read."""
+        """Verify the SHA-256 of this rank's share of the shards and return the problems. Reads every byte."""
         problems = []
         for entry in self.manifest["shards"][rank::world_size]:
             file = Path(self.name, entry["file"])
@@ -123,7 +123,7 @@ class LatentDataset(Dataset):
         return problems
 
     def check_codec(self, codec: LatentCodec) -> None:
-        """Refuse a codec that these latents are not of: the sample grids would show what the model never learned.
+        """Reject a codec that did not produce these latents: it would decode the sample grids wrongly.
 
         Raises:
             UserError: when the codec encodes differently.
@@ -131,7 +131,7 @@ class LatentDataset(Dataset):
         made_with = self.manifest["codec"]
         if codec.fingerprint() != made_with["fingerprint"]:
             raise UserError(
-                f"codec: {self.name} was encoded by another one ({made_with['kind']}, path {made_with['path']}, scaling factor "
+                f"codec: {self.name} was encoded by another codec ({made_with['kind']}, path {made_with['path']}, scaling factor "
                 f"{made_with['scaling_factor']}, fingerprint {made_with['fingerprint']}; this one has {codec.fingerprint()}); "
                 "accepted: the same codec"
             )
@@ -141,8 +141,8 @@ def load_latent_dataset(config: DataConfig) -> LatentDataset:
     """Return the latents at ``config.path``.
 
     Raises:
-        UserError: when the folder is missing, incomplete, of another resolution, or lacks the mirrored images that
-            data.horizontal_flip asks for.
+        UserError: when the folder is missing, incomplete, of another resolution, or lacks the mirrored images required by
+            data.horizontal_flip.
     """
     if config.path is None or not Path(config.path).is_dir():
         raise UserError(
@@ -182,13 +182,13 @@ def read_manifest(folder: Path) -> dict:
     """Return the manifest of a complete folder of latents.
 
     Raises:
-        UserError: when the folder is not complete, or of another version's format.
+        UserError: when the folder is incomplete or has the format of another version.
     """
     path = folder / MANIFEST_FILE
     if not path.is_file():
         started = (folder / SETTINGS_FILE).is_file()
         state = (
-            "is not complete: run the same command again, it goes on where it stopped" if started else "is not there"
+            "is missing: encoding is incomplete; the same command resumes where it stopped" if started else "is missing"
         )
         raise UserError(f"data.path: {path} {state}; accepted with data.dataset latents: a folder of {COMMAND}")
     try:
@@ -204,14 +204,14 @@ def read_manifest(folder: Path) -> dict:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"data.path: {path} or {STATE_FILE} beside it is missing or damaged ({type(error).__name__}: {error}); accepted: "
+            f"data.path: {path} or its {STATE_FILE} is missing or damaged ({type(error).__name__}: {error}); accepted: "
             f"delete both and run {COMMAND} again, which keeps all shards"
         ) from error
     return manifest
 
 
 def state_fingerprint(manifest: bytes) -> str:
-    """Return what state.json has as the fingerprint of the data set: of manifest.json, and so of every shard."""
+    """Return the data set fingerprint in state.json: a hash of manifest.json, and thereby of every shard."""
     return hashlib.sha256(manifest).hexdigest()[:16]
 
 
@@ -229,7 +229,7 @@ def _check_manifest(manifest: dict) -> None:
     ):
         raise TypeError("class_names, warnings: not lists of text")
     if type(manifest["flips"]) is not bool:
-        raise TypeError("flips: neither true nor false")
+        raise TypeError("flips: not a boolean")
     codec = manifest["codec"]
     codec["kind"], codec["path"], codec["scaling_factor"], codec["fingerprint"]
     shards = manifest["shards"]
@@ -239,6 +239,6 @@ def _check_manifest(manifest: dict) -> None:
         rows = min(size, total - number * size)
         if shard["file"] != shard_name(number, len(shards)) or shard["rows"] != rows:
             raise ValueError(
-                f"shards: number {number} has not the name {shard_name(number, len(shards))} or not {rows} rows"
+                f"shards: number {number} does not have the name {shard_name(number, len(shards))} and {rows} rows"
             )
         shard["bytes"], shard["sha256"]

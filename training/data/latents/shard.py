@@ -1,8 +1,8 @@
-"""One file of latents: where its rows are, found once and checked, and how they are read while the run goes on.
+"""One file of latents: validating it and locating its rows on opening, and reading rows during the run.
 
-The file is memory-mapped only while it is opened. A row is then read with ``pread``: a mapped page that can no longer be had, of
-a file that was cut off or on a file system that went away, ends a process with SIGBUS and no word, where a failed read is an
-error that can be told.
+The file is memory-mapped only while it is opened. Rows are then read with ``pread``: accessing a mapped page that is no longer
+available (file truncated, file system gone) kills the process with SIGBUS without a message, while a failed read is an error
+that can be reported.
 
 Shapes: C latent channels, (H, W) latent size.
 """
@@ -21,17 +21,17 @@ from torch import Tensor
 from latte_flow.training.errors import UserError
 
 OPEN_FILES = 512
-"""How many files a process keeps open; many systems allow 1024."""
+"""Maximum number of files a process keeps open; many systems allow 1024."""
 
 
 @dataclass(frozen=True, eq=False)
 class LatentShard:
-    """Where the latents of one file are.
+    """The location of the latents in one file.
 
     Attributes:
         file: the file.
         shape: (C, H, W).
-        offsets: bytes before the first row, for each column of latents.
+        offsets: byte offset of the first row, for each latent column.
     """
 
     file: Path
@@ -40,7 +40,7 @@ class LatentShard:
 
     @property
     def bytes_per_row(self) -> int:
-        """Of one latent."""
+        """Bytes of one latent."""
         return 2 * math.prod(self.shape)
 
     def read(self, column: int, row: int) -> Tensor:
@@ -48,20 +48,20 @@ class LatentShard:
 
         Args:
             column: index into ``offsets``.
-            row: of the shard.
+            row: row in the shard.
 
         Raises:
-            UserError: when the file has become shorter, or cannot be read any more.
+            UserError: when the file has become shorter or can no longer be read.
         """
         latent = torch.empty(self.shape, dtype=torch.bfloat16)
         offset = self.offsets[column] + row * self.bytes_per_row
-        accepted = "the file as it was; the same command then goes on from the last checkpoint"
+        accepted = "the file as it was; the same command then resumes from the last checkpoint"
         try:
             got = os.preadv(_open(self).fileno(), [latent.view(torch.int16).numpy().data], offset)
         except OSError as error:
             raise UserError(f"data.path: {self.file} cannot be read: {error.strerror}; accepted: {accepted}") from error
         if got != self.bytes_per_row:
-            raise UserError(f"data.path: {self.file} was cut off while it was in use; accepted: {accepted}")
+            raise UserError(f"data.path: {self.file} was truncated while in use; accepted: {accepted}")
         return latent
 
 
@@ -73,29 +73,29 @@ def _open(shard: LatentShard) -> BinaryIO:
 def open_shard(
     file: Path, *, shape: tuple[int, int, int], columns: tuple[str, ...], rows: int, num_labels: int | None
 ) -> tuple[LatentShard, pa.Array]:
-    """Open a file as LatentWriter writes it, a stream of one Arrow record batch, and check what it holds.
+    """Open and validate a file written by LatentWriter: a stream of one Arrow record batch.
 
     Args:
-        file: it has the size that the manifest says.
+        file: the file; its size has been checked against the manifest.
         shape: (C, H, W).
-        columns: names of the columns of latents.
-        rows: how many there are.
+        columns: names of the latent columns.
+        rows: expected number of rows.
         num_labels: number of classes; None for captions.
 
     Returns:
         The shard, and the labels [rows] int64 or the captions [rows], dictionary-encoded.
 
     Raises:
-        UserError: when the file cannot be read or holds something else.
+        UserError: when the file is unreadable or its content differs from this.
     """
     try:
         with pa.memory_map(str(file)) as source:
             return _find(file, source.read_buffer(), shape, columns, rows, num_labels)
-    # Arrow's errors are of several kinds, some of them ValueErrors; the stream's end and missing columns are others.
+    # Arrow raises several kinds of errors, some of them ValueErrors; the end of the stream and missing columns raise others.
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"data.path: {file} is damaged ({reason}); accepted: a whole copy, or encode its images again"
+            f"data.path: {file} is damaged ({reason}); accepted: an intact copy, or encode its images again"
         ) from error
 
 
@@ -114,7 +114,7 @@ def _find(file: Path, content: pa.Buffer, shape, columns, rows: int, num_labels:
     conditions.validate(full=True)
     if conditions.null_count:
         raise ValueError(f"{name} has {conditions.null_count} nulls")
-    # Both copy: nothing may refer to the mapped file any more.
+    # Both copy: nothing may refer to the mapped file after it is closed.
     if num_labels is None:
         conditions = conditions.cast(pa.string()).dictionary_encode()
     else:

@@ -1,7 +1,7 @@
-"""Writing a folder of latents (training/data/latents/dataset.py) so that a kill at any point costs at most the shard at hand.
+"""Writes a folder of latents (training/data/latents/dataset.py); a kill at any point loses at most the current shard.
 
-The order of the images alone decides what is in which shard, and a shard is one file that appears complete or not at all: the
-number of ranks, who writes what, and how often the work was stopped leave no trace in the result.
+The content of each shard depends only on the order of the images, and a shard is one file that is written atomically: the result
+does not depend on the number of ranks, on which rank writes which shard, or on interruptions.
 
 Shapes: n rows of a shard, C latent channels, (H, W) latent size.
 """
@@ -30,7 +30,7 @@ from latte_flow.training.errors import UserError
 STATISTICS_ROWS = 256
 UNIT_STD = (0.5, 2.0)
 SHARD_KEYS = frozenset({"file", "bytes", "sha256", "rows", "broken", "statistics"})
-"""What the small manifest of a shard holds."""
+"""Keys in the JSON file of a shard."""
 
 
 class LatentWriter:
@@ -38,10 +38,11 @@ class LatentWriter:
 
     Args:
         folder: created when missing.
-        settings: what decides the result: source, codec, resolution, latent_shape, flips, shard_size, num_images, class_names.
+        settings: all that determines the result: source, codec, resolution, latent_shape, flips, shard_size, num_images,
+            class_names.
 
     Raises:
-        UserError: when the folder holds something else, or latents made with other settings.
+        UserError: when the folder holds other files, or latents made with other settings.
     """
 
     def __init__(self, folder: Path, settings: dict):
@@ -51,17 +52,19 @@ class LatentWriter:
             not folder.is_dir() or any(PARTIAL not in file.name for file in folder.iterdir())
         )
         if foreign and not path.is_file():  # in this order: another rank may be writing it
-            raise UserError(f"output: {folder} exists and is no folder of {COMMAND}; accepted: a new or empty folder")
+            raise UserError(
+                f"output: {folder} exists and is not a folder of {COMMAND}; accepted: a new or empty folder"
+            )
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             write_durably(path, _json(settings))
-        # The first start's: where source and codec lay then may differ from where they lie now.
+        # Those of the first start: the paths of source and codec may have changed since.
         self.settings = _read_json(path, "another folder")
         _refuse_other_settings(folder, self.settings, settings)
         self.num_shards = -(-settings["num_images"] // settings["shard_size"])
 
     def rows(self, shard: int) -> range:
-        """Return which images of the source are in a shard."""
+        """Return the source images in a shard."""
         size = self.settings["shard_size"]
         return range(shard * size, min((shard + 1) * size, self.settings["num_images"]))
 
@@ -70,12 +73,12 @@ class LatentWriter:
         return self.folder / shard_name(shard, self.num_shards)
 
     def is_complete(self, shard: int) -> bool:
-        """Return whether a shard is there: its own small manifest is written after it."""
+        """Return whether a shard is complete: its JSON file is written after it."""
         return self.path(shard).with_suffix(".json").is_file()
 
     @property
     def is_finished(self) -> bool:
-        """Whether the whole folder is there."""
+        """Whether the whole folder is complete."""
         return (self.folder / MANIFEST_FILE).is_file()
 
     def features(self):
@@ -97,11 +100,11 @@ class LatentWriter:
         """Write a complete shard.
 
         Args:
-            shard: which.
-            latents: [n, C, H, W] bfloat16 on the CPU for each column of latents.
+            shard: index of the shard.
+            latents: [n, C, H, W] bfloat16 on the CPU for each latent column.
             conditions: the class index or caption of each row.
-            sources: the image of the source that each row is of.
-            reasons: why images could not be decoded, for those of this shard.
+            sources: the source image of each row.
+            reasons: image -> why it could not be decoded, for the broken images of this shard.
 
         Raises:
             UserError: when a latent is not finite.
@@ -117,10 +120,10 @@ class LatentWriter:
         if not np.isfinite(statistics["squares"]).all():
             raise UserError(
                 f"codec: its latents of images {self.rows(shard)[0]} to {self.rows(shard)[-1]} hold infinite values or NaN; "
-                "accepted: finite ones (--precision fp32 helps where bfloat16 overflows)"
+                "accepted: finite latents (--precision fp32 helps if bfloat16 overflows)"
             )
         sink = pa.BufferOutputStream()
-        # One record batch a shard: row i of the data set is row i mod shard_size of one array.
+        # One record batch per shard: row i of the data set is row i mod shard_size of one array.
         with pa.ipc.new_stream(sink, schema) as writer:
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
         content = sink.getvalue()
@@ -136,10 +139,10 @@ class LatentWriter:
         write_durably(self.path(shard).with_suffix(".json"), _json(manifest))
 
     def finish(self, max_broken: int) -> dict:
-        """Write the manifest over all shards, which must be complete, and what ``datasets.load_from_disk`` needs; return it.
+        """Write the manifest and the files for ``datasets.load_from_disk`` once all shards are complete; return the manifest.
 
         Raises:
-            UserError: when more images are broken than accepted.
+            UserError: when more than ``max_broken`` images are broken.
         """
         import datasets
 
@@ -162,7 +165,7 @@ class LatentWriter:
             "shards": shards,
         }
         text = _json(manifest)
-        for stale in self.folder.glob(f"*{PARTIAL}*"):  # of killed processes
+        for stale in self.folder.glob(f"*{PARTIAL}*"):  # left by killed processes
             stale.unlink(missing_ok=True)
         info = datasets.DatasetInfo(features=self.features())
         write_durably(self.folder / "dataset_info.json", _json({"features": info.features.to_dict()}))
@@ -216,9 +219,9 @@ def _short(value) -> str:
 
 
 def _sums(latents: list[Tensor]) -> dict:
-    """Return count, sums and sums of squares per channel, smallest and largest value of latents [n, C, H, W], mirrored ones too.
+    """Return per-channel count, sums and sums of squares, and the minimum and maximum of latents [n, C, H, W], mirrored included.
 
-    In float64 over parts of fixed size, so that the last bit does not depend on the batch size of the encoding.
+    Uses float64 over chunks of fixed size, so that the result is bit-identical for all encoding batch sizes.
     """
     sums = squares = np.zeros(latents[0].shape[1])
     lowest, highest = np.inf, -np.inf
@@ -239,7 +242,7 @@ def _sums(latents: list[Tensor]) -> dict:
 
 
 def _statistics(shards: list[dict]) -> dict:
-    """Return mean and standard deviation over all shards, in all and per channel."""
+    """Return mean and standard deviation over all shards, in total and per channel."""
     count = sum(shard["count_per_channel"] for shard in shards)
     mean = np.sum([shard["sums"] for shard in shards], axis=0) / count
     square = np.sum([shard["squares"] for shard in shards], axis=0) / count
