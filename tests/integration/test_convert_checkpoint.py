@@ -525,7 +525,7 @@ class TestRefused:
         self.refuse(
             runs[name].output_dir,
             tmp_path,
-            "verify: model.visual.merger.ln_q.weight was not",
+            "verify: model.visual.merger.ln_q.weight reads back differently",
             to="qwen2-vl",
             verify=True,
         )
