@@ -2,9 +2,10 @@
 
     python tools/benchmark.py {sample,train,attention,data} [--size paper|tiny] [--output bench.json] [--batch_size N] [--steps N]
 
-``paper``: Qwen2-VL-2B and DC-AE by their configurations, random weights, bfloat16, 64 tokens; nothing is downloaded.
-``tiny``: the digits preset's network in float32, for a laptop. The default is paper on a GPU, else tiny. ``train`` runs the
-real trainer from encoded latents, also under ``deepspeed`` or torchrun on many GPUs; ``--batch_size`` is then the global one.
+``paper``: Qwen2-VL-2B and DC-AE built from their configurations, random weights, bfloat16, 64 tokens; nothing is downloaded.
+``tiny``: the digits preset's network in float32, for a laptop. The default is paper on a GPU, otherwise tiny. ``train`` runs the
+real trainer on pre-encoded latents, also under ``deepspeed`` or torchrun on many GPUs; ``--batch_size`` is then the global batch
+size.
 
 Prints a table and writes a list of rows: name, value, unit, target and floor (null where there is none), machine, versions,
 shapes.
@@ -55,13 +56,13 @@ from latte_flow.training.objectives.flow_matching import FlowMatchingSamples
 from latte_flow.training.trainer import Trainer
 
 CLASSES = ("tench", "goldfish", "great white shark", "tiger shark", "hammerhead", "electric ray", "stingray", "cock")
-LAYER_TARGET = 1.10  # of transformers' bare layers
+LAYER_TARGET = 1.10  # relative to transformers' plain layers
 UTILISATION_TARGET = 0.45
 NUM_LATENTS, SHARD = 4096, 1024
 
 
 def machine() -> dict:
-    """Return what the numbers depend on: the device, its host and the versions of what computes."""
+    """Return what the results depend on: the device, its host and the library versions."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     packages = {}
     for name in ("torch", "deepspeed", "transformers", "diffusers", "flash-attn"):
@@ -78,12 +79,12 @@ def machine() -> dict:
 def row(
     name: str, value: float, unit: str, shapes: str, *, target: float | None = None, floor: float | None = None
 ) -> dict:
-    """Return one result; ``target`` is the value to reach, ``floor`` the one that no change may fall below."""
+    """Return one result; ``target`` is the goal, ``floor`` the value that no change may fall below."""
     return {"name": name, "value": value, "unit": unit, "target": target, "floor": floor, **machine(), "shapes": shapes}
 
 
 def seconds(function: Callable[[], object], repeats: int) -> float:
-    """Return the median time of a call after two unmeasured ones, the device's work included."""
+    """Return the median time of a call in seconds, including the device's work, after two warm-up calls."""
     times = []
     for i in range(repeats + 2):
         get_accelerator().synchronize()
@@ -100,7 +101,7 @@ def _device() -> torch.device:
 
 
 def build_vlm(size: str):
-    """Return a Qwen2-VL with random weights on the device, and a tokenizer whose ids it knows."""
+    """Return a Qwen2-VL with random weights on the device, and a tokenizer whose ids are in its vocabulary."""
     tokenizer = build_tiny_tokenizer([f"Generate an image of {name}." for name in CLASSES])
     if size == "tiny":
         sizes = {"hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -113,7 +114,7 @@ def build_vlm(size: str):
 
 
 def build_model(vlm, size: str) -> LatteFlowModel:
-    """Return a Couple model at the paper's latent size, or the digits preset's."""
+    """Return a Couple model with the latent size of the paper or of the digits preset."""
     channels, side = (32, 8) if size == "paper" else (1, 8)
     config = LatteFlowConfig(vlm_config=vlm.config, latent_channels=channels, latent_size=(side, side), num_groups=4)
     with _device():
@@ -123,7 +124,7 @@ def build_model(vlm, size: str) -> LatteFlowModel:
 
 @torch.inference_mode()
 def benchmark_sample(size: str, batch_size: int, steps: int) -> list[dict]:
-    """Measure the sampling loop without the codec, and one step's layers against as many bare layers of transformers."""
+    """Measure the sampling loop without the codec, and one step's layers against the same number of plain transformers layers."""
     vlm, tokenizer = build_vlm(size)
     model = build_model(vlm, size)
     inputs = tokenize_prompts(tokenizer, [f"Generate an image of {name}." for name in CLASSES] + [""])
@@ -168,7 +169,7 @@ def benchmark_sample(size: str, batch_size: int, steps: int) -> list[dict]:
 
 
 def write_latents(folder: Path, codec, resolution: int, count: int) -> None:
-    """Write random latents of unit variance as tools/encode_latents.py would write a codec's."""
+    """Write random latents of unit variance in the format of tools/encode_latents.py."""
     is_pixel = isinstance(codec, PixelCodec)
     shape = (codec.latent_channels, *codec.latent_size(resolution))
     settings = {
@@ -201,7 +202,7 @@ def write_latents(folder: Path, codec, resolution: int, count: int) -> None:
 
 
 def prepare_training(size: str, work: Path, batch_size: int, steps: int) -> list[str]:
-    """Write the VLM, the codec and the latents, and return the command line of a run on them."""
+    """Write the VLM, the codec and the latents, and return the command line of a run that uses them."""
     vlm, tokenizer = build_vlm(size)
     vlm.save_pretrained(work / "vlm")
     tokenizer.save_pretrained(work / "vlm")
@@ -222,7 +223,7 @@ def prepare_training(size: str, work: Path, batch_size: int, steps: int) -> list
 
 
 def benchmark_train(size: str, batch_size: int, steps: int) -> list[dict]:
-    """Train some steps from a file of latents with the real trainer; beside each figure the dry run's, as the target."""
+    """Train some steps on pre-encoded latents with the real trainer; the targets come from the dry run."""
     start_alone_without_launcher()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed()
@@ -289,7 +290,7 @@ def _train(config: TrainingConfig, steps: int) -> dict:
 
 
 def benchmark_attention(size: str, batch_size: int, steps: int) -> list[dict]:
-    """Measure a group's attention, forward and backward, by backend and number of image tokens."""
+    """Measure a group's attention, forward and backward, for each backend and number of image tokens."""
     heads, kv_heads, head_dim, depth = (12, 2, 128, 7) if size == "paper" else (4, 2, 32, 2)
     dtype = torch.bfloat16 if size == "paper" else torch.float32
     result = []
@@ -332,7 +333,7 @@ def benchmark_attention(size: str, batch_size: int, steps: int) -> list[dict]:
 
 
 def benchmark_data(size: str, batch_size: int, steps: int) -> list[dict]:
-    """Measure how many training samples a second come from a file of latents, without a model."""
+    """Measure how many training samples per second are read from a file of latents, without a model."""
     patch, resolution = (4, 32) if size == "paper" else (1, 8)  # 48 or 3 channels of 8 x 8; DC-AE's have 32
     codec = load_codec("pixel", image_channels=3, patch=patch)
     layout = BatchLayout(global_batch_size=batch_size, micro_batch_size=batch_size, world_size=1, rank=0)
@@ -365,7 +366,7 @@ BENCHMARKS = {
     "attention": (benchmark_attention, {"paper": (32, 10), "tiny": (8, 3)}),
     "data": (benchmark_data, {"paper": (256, 50), "tiny": (64, 10)}),
 }
-"""What -> (function, size -> default batch size and number of steps)."""
+"""Benchmark -> (function, size -> (default batch size, default number of steps))."""
 
 
 def benchmark(
@@ -380,10 +381,10 @@ def benchmark(
 
     Args:
         what: what to measure
-        size: default: paper on a GPU, else tiny
+        size: default: paper on a GPU, otherwise tiny
         output: file to write the rows to, as JSON
-        batch_size: default: by size
-        steps: of sampling, training, or repeats; default: by size
+        batch_size: default: depends on size
+        steps: sampling steps, training steps or repeats; default: depends on size
 
     Raises:
         UserError: when a number is less than 1.

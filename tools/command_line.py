@@ -1,4 +1,4 @@
-"""Command lines of tools: a function's signature gives the arguments, its docstring their meaning."""
+"""Command lines of tools: the arguments come from a function's signature, their help from its docstring."""
 
 import argparse
 import inspect
@@ -14,9 +14,9 @@ from latte_flow.training.errors import UserError, exit_code
 
 
 def run_function(function: Callable, **given: Any) -> int:
-    """Call a function with the arguments of the command line, and with ``given``; return the exit code.
+    """Call a function with the command line's arguments and ``given``; return the exit code.
 
-    Positional parameters are positional arguments, keyword-only ones are options; ``Args`` of the docstring says what they mean.
+    Positional parameters become positional arguments, keyword-only ones become options; the docstring's ``Args`` give their help.
 
     Raises:
         SystemExit: with 0, after ``--help``.
@@ -34,8 +34,8 @@ def check_positive(**numbers: int | None) -> None:
 def _parse(function: Callable, skip: typing.KeysView[str]) -> dict[str, Any]:
     doc = docstring_parser.parse(function.__doc__)
     help_of = {param.arg_name: param.description for param in doc.params}
-    # jsonargparse's auto_cli has no words for these: flags without a value, several words after one option, a positional argument
-    # that may be left out. They are added to what it finds in the signature.
+    # jsonargparse cannot express these from a signature: flags without a value, options with several values, optional positional
+    # arguments. They are added to those that it finds.
     special = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.annotation is bool:
@@ -47,7 +47,7 @@ def _parse(function: Callable, skip: typing.KeysView[str]) -> dict[str, Any]:
         if name in special:
             special[name][1].update(default=parameter.default, help=help_of[name])
     parser = OneLineParser(description=doc.short_description)
-    # Set by the deepspeed launcher, which puts it into the environment too.
+    # Passed by the deepspeed launcher, which also sets it in the environment.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip=special.keys() | skip)
     for argument, options in special.values():

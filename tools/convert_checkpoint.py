@@ -4,11 +4,11 @@
                                        [--tensor_parallel N] [--step N | --tag T] [--verify] [--force]
     python tools/convert_checkpoint.py INPUT --inspect
 
-INPUT is recognised by itself: a training output_dir or one step's folder of it, DeepSpeed's ZeRO-1/2/3 shards of any number of
+The format of INPUT is detected: a training output_dir or one of its step folders, DeepSpeed's ZeRO-1/2/3 shards of any number of
 ranks, a DeepSpeed universal checkpoint, safetensors (one file, or shards with an index), a .pt or .bin file, a torch DCP folder,
-Megatron's tensor-parallel ranks (mp_rank_XX) or dist_checkpointing. OUTPUT is a new folder: the weights, and beside them what a
-pipeline needs (configuration, tokenizer, the VLM where it has no path of its own). It is written under another name and renamed
-when it is complete.
+Megatron's tensor-parallel ranks (mp_rank_XX) or dist_checkpointing. OUTPUT is a new folder with the weights and everything else
+that a pipeline needs (configuration, tokenizer, the VLM where it has no path of its own). It is written under a temporary name
+and renamed when complete.
 """
 
 import ctypes
@@ -24,12 +24,12 @@ from latte_flow.training.checkpoint.manifest import step_name
 from latte_flow.training.errors import UserError
 from latte_flow.training.monitor.progress import hide_library_bars
 
-M_MMAP_THRESHOLD = -3  # of malloc.h
+M_MMAP_THRESHOLD = -3  # from malloc.h
 LARGE = 2**20
 
 
 def give_freed_memory_back() -> None:
-    """Have glibc give the memory of large tensors back when they are freed: it would keep up to another shard's for later."""
+    """Make glibc return the memory of large tensors when they are freed; by default it may keep as much as another shard."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # other C libraries have none
         mallopt(M_MMAP_THRESHOLD, LARGE)
@@ -58,20 +58,20 @@ def convert_checkpoint(
         input: a checkpoint of any format
         output: folder to write; must not exist without --force
         to: format to write
-        inspect: say what INPUT holds, and write nothing
-        tensors: with --inspect: name every tensor too
-        weights: default: ema where there is one; deepspeed-universal: all
-        dtype: of floating-point weights; default: as they are
-        max_shard_size: of safetensors-sharded and qwen2-vl; default: 5GB
-        tensor_parallel: ranks of megatron-tp and megatron-gpt
-        step: of a training output_dir; default: the newest
-        tag: of a training output_dir or another folder of DeepSpeed's, such as step_0005000
-        model_folder: where config.json is, when not beside the weights
+        inspect: print what INPUT holds, and write nothing
+        tensors: with --inspect: also list every tensor
+        weights: default: ema if present; for deepspeed-universal: all
+        dtype: type of floating-point weights; default: unchanged
+        max_shard_size: for safetensors-sharded and qwen2-vl; default: 5GB
+        tensor_parallel: number of ranks, for megatron-tp and megatron-gpt
+        step: step of a training output_dir; default: the newest
+        tag: checkpoint folder, such as step_0005000, of a training output_dir or a DeepSpeed folder
+        model_folder: folder with config.json, if not beside the weights
         verify: read the output back and compare it bit for bit
-        force: replace an OUTPUT that an earlier conversion has written
+        force: replace an OUTPUT written by an earlier conversion
 
     Raises:
-        UserError: for arguments that do not go together, and as ``convert``.
+        UserError: for arguments that cannot be combined, and see ``convert``.
     """
     give_freed_memory_back()
     hide_library_bars()

@@ -1,9 +1,9 @@
-"""Score generated digits: how often a classifier of real digits recognises what the prompt asked for.
+"""Score generated digits: how often a classifier of real digits recognises the digit that the prompt asked for.
 
     python tools/digit_accuracy.py SAMPLES_DIR [--output report.json]
 
-SAMPLES_DIR is what tools/sample.py writes for the digits preset. The classifier, a support vector machine, is fitted on the part
-of scikit-learn's digits that the preset trains on, and its accuracy on the held-out part is reported beside the samples'.
+SAMPLES_DIR is a folder written by tools/sample.py for the digits preset. The classifier, a support vector machine, is fitted on
+the part of scikit-learn's digits that the preset trains on. Its accuracy on the held-out part is reported as well.
 """
 
 import json
@@ -20,7 +20,7 @@ from latte_flow.training.data.datasets import digits_split
 from latte_flow.training.errors import UserError
 
 IMAGE_SIZE = (8, 8)
-# Chosen by scikit-learn's own example for these digits; 99 % on held-out ones.
+# From scikit-learn's own example for these digits; 99 % on held-out ones.
 GAMMA = 0.001
 
 
@@ -33,10 +33,10 @@ def fit_classifier() -> tuple[SVC, float]:
 
 
 def read_samples(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images [n, 64] on the digits' scale 0 to 16, and their classes [n].
+    """Return the images [n, 64], scaled to the digits' range of 0 to 16, and their classes [n].
 
     Raises:
-        UserError: when the folder, its index, an image or a class is missing or does not fit.
+        UserError: when the folder, its index, an image or a class is missing or invalid.
     """
     index = folder / "samples.jsonl"
     if not index.is_file():
@@ -45,7 +45,7 @@ def read_samples(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         lines = index.read_text().splitlines()
     except ValueError as error:
-        raise UserError(f"{index}: is no text: {error}") from error
+        raise UserError(f"{index}: not a text file: {error}") from error
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
@@ -54,7 +54,7 @@ def read_samples(folder: Path) -> tuple[np.ndarray, np.ndarray]:
             classes.append(int(entry["class"]))
             file = folder / entry["file"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{index}:{number}: no JSON object with file and class 0 to 9 ({error!r})") from error
+            raise UserError(f"{index}:{number}: not a JSON object with file and class 0 to 9 ({error!r})") from error
         try:
             image = Image.open(file)
             image.load()
@@ -69,10 +69,10 @@ def read_samples(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def digit_accuracy(folder: Path) -> dict:
-    """Return the share of samples whose class the classifier recognises, overall and per digit, and its own accuracy.
+    """Return the fraction of samples whose class the classifier recognises, overall and per digit, and its own accuracy.
 
     Raises:
-        UserError: as ``read_samples``.
+        UserError: see ``read_samples``.
     """
     images, classes = read_samples(folder)
     classifier, on_real = fit_classifier()
@@ -90,7 +90,7 @@ def score(samples: Path, *, output: Path | None = None) -> None:
 
     Args:
         samples: folder written by tools/sample.py
-        output: file to write the report to, as JSON
+        output: file for the report, as JSON
     """
     report = digit_accuracy(samples)
     if output:

@@ -1,12 +1,12 @@
-"""Encode images into latents, once, so that training need not.
+"""Encode images to latents once, so that training does not have to.
 
     python tools/encode_latents.py --source PATH --output DIR [--codec PATH|PRESET|pixel] [--resolution 256] [--batch_size N]
 
---source is a folder of images (a folder a class), Parquet files, WebDataset tars, a saved data set, or digits. DIR becomes a data
-set that training reads (data.dataset latents, data.path DIR) and datasets.load_from_disk opens; see training/data/latents/.
+--source is a folder of images (one folder per class), Parquet files, WebDataset tars, a saved data set, or digits. DIR becomes a
+data set that training reads (data.dataset latents, data.path DIR) and datasets.load_from_disk opens; see training/data/latents/.
 
 Under torchrun, deepspeed or srun with RANK and WORLD_SIZE set, rank r encodes the shards r, r + W, r + 2 W, ...; the result is
-the same with any number of ranks. The same command again goes on after a kill; finished shards are not encoded again.
+the same with any number of ranks. After a kill, the same command resumes; finished shards are not encoded again.
 """
 
 import logging
@@ -63,28 +63,28 @@ def encode_latents(
 
     Args:
         source: images: a folder or file, or digits
-        output: folder to write to, or to go on with
+        output: output folder; one that is incomplete is resumed
         codec: folder or hub id of an AutoencoderDC; dc-ae-f32c32-in-1.0, dc-ae-f32c32-sana-1.0; or pixel
         scaling_factor: checked against the checkpoint's
         patch: side of a latent position in pixels, for pixel
-        dataset: default: found out from the source
+        dataset: kind of data; default: detected from the source
         image_column: column of images; auto: 'image', or the only one
-        text_column: captions or classes; auto: text, caption, txt, label or cls
-        class_names: what classes are called, imagenet-1k or a file; see data.class_names
-        max_broken_fraction: of all images
+        text_column: column of captions or classes; auto: text, caption, txt, label or cls
+        class_names: class names: imagenet-1k or a file; see data.class_names
+        max_broken_fraction: largest accepted fraction of broken images
         resolution: side of the square images in pixels
-        batch_size: images encoded at once, a rank
-        num_workers: processes a rank that read images
-        flip: encode the mirrored images too; without, half the size: train with horizontal_flip false
-        shard_size: images a file; a kill loses at most this
+        batch_size: images encoded at once per rank
+        num_workers: processes per rank that read images
+        flip: also encode the mirrored images; without them the output has half the size: train with horizontal_flip false
+        shard_size: images per file; a kill loses at most this many per rank
         precision: of the autoencoder
-        device: cpu or cuda; default: cuda when there is one
-        wait_minutes: rank 0 gives up on other ranks after
-        rank: which share of the data set is encoded
-        world_size: number of shares
+        device: cpu or cuda; default: cuda if available
+        wait_minutes: how long rank 0 waits for a shard of another rank
+        rank: which part of the data set to encode
+        world_size: number of parts
 
     Raises:
-        UserError: when an argument, the source or the codec does not fit, the output holds something else, more images are broken
+        UserError: when an argument, the source or the codec is invalid, the output holds something else, more images are broken
             than accepted, or (rank 0) another rank has stopped.
     """
     check_positive(resolution=resolution, batch_size=batch_size, shard_size=shard_size, patch=patch)
@@ -147,7 +147,7 @@ def encode_latents(
         return
     with progress_bar(total=len(images), unit="image", desc="encoding", disable=rank != 0, mininterval=1.0) as progress:
         _update(progress, writer)
-        progress.initial = progress.n  # the rate is that of this start
+        progress.initial = progress.n  # so that the rate counts only this start
         mine = [shard for shard in range(rank, writer.num_shards, world_size) if not writer.is_complete(shard)]
         for shard, latents, sources in _encoded_shards(
             writer, mine, images, encoder.to(device), batch_size, num_workers, progress
@@ -171,17 +171,17 @@ def encode_latents(
 
 
 def _kind_and_path(codec: str) -> tuple[str, str | None]:
-    """Return the codec's kind and the folder, hub id or preset that the command line's one word names."""
+    """Return the codec's kind, and its folder, hub id or preset, from the single --codec argument."""
     return ("pixel", None) if codec == "pixel" else ("dc-ae", codec)
 
 
 def _load_encoder(
     codec: str, scaling_factor: float | None, patch: int, *, image_channels: int, resolution: int, precision: str
 ) -> LatentCodec:
-    """Load the codec and check that it takes these images.
+    """Load the codec and check that it accepts these images.
 
     Raises:
-        UserError: when it cannot be loaded or does not fit.
+        UserError: when it cannot be loaded or does not accept them.
     """
     kind, path = _kind_and_path(codec)
     try:
@@ -206,7 +206,7 @@ def _load_encoder(
 
 
 class _Fetched(Dataset):
-    """(index, image, index that the image is of) by index."""
+    """index -> (index, image, index of the image actually used)."""
 
     def __init__(self, images: ImageDataset):
         self.images = images
@@ -224,9 +224,9 @@ def _encoded_shards(
     num_workers: int,
     progress: tqdm,
 ) -> Iterator[tuple[int, dict[str, torch.Tensor], list[int]]]:
-    """Yield each shard with its latents [n, C, H, W] bfloat16 by column and the image that each row is of.
+    """Yield each shard with its latents [n, C, H, W] in bfloat16 by column, and the source image of each row.
 
-    Batches start anew with each shard, so that an image is in the same batch however the shards are spread over ranks.
+    No batch spans two shards, so an image is in the same batch however the shards are distributed over ranks.
     """
     batches = [
         list(rows[first : first + batch_size])
@@ -254,7 +254,7 @@ def _encoded_shards(
 
 
 def _update(progress: tqdm, writer: LatentWriter) -> int:
-    """Let the bar show the images of all complete shards, of all ranks; return how many shards those are."""
+    """Show the images of all complete shards of all ranks in the progress bar; return the number of these shards."""
     complete = [shard for shard in range(writer.num_shards) if writer.is_complete(shard)]
     progress.n = sum(len(writer.rows(shard)) for shard in complete)
     progress.refresh()
@@ -262,7 +262,7 @@ def _update(progress: tqdm, writer: LatentWriter) -> int:
 
 
 def _wait_for_other_ranks(writer: LatentWriter, progress: tqdm, minutes: float) -> None:
-    """Wait until every shard is there. Over files, so that the ranks need no process group and may even run one after another."""
+    """Wait until every shard exists. Polls the files, so the ranks need no process group and may even run one after another."""
     complete, since = _update(progress, writer), time.monotonic()
     while complete < writer.num_shards:
         if time.monotonic() - since > 60 * minutes:

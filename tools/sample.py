@@ -3,10 +3,10 @@
     python tools/sample.py CHECKPOINT --output DIR [--classes 0,1 | --prompts "a" "b"] [--num_images N] [--num_steps 40]
                            [--cfg_scale 5] [--seed 0] [--batch_size 50]
 
-CHECKPOINT is a training output_dir, one step's folder of it, or an exported model folder. Writes DIR/000000.png, 000001.png, ...
+CHECKPOINT is a training output_dir, one of its step folders, or an exported model folder. Writes DIR/000000.png, 000001.png, ...
 at the model's own resolution, DIR/samples.jsonl (file, class or prompt, and seed of each image) and DIR/grid.png, an overview.
-Image i depends on (--seed, i) alone, not on the batch size; images run through the classes or prompts evenly. Started by
-torchrun or deepspeed, all ranks draw: each takes every n-th batch, and the result is the same.
+Image i depends only on (--seed, i), not on the batch size; images cycle through the classes or prompts. Under torchrun or
+deepspeed each of n ranks draws every n-th batch, and the result is the same.
 """
 
 import json
@@ -51,22 +51,22 @@ def sample(
     """Draw images from a checkpoint.
 
     Args:
-        checkpoint: training output_dir, one step's folder of it, or an exported model folder
-        output: folder to write to; must not hold samples already
+        checkpoint: training output_dir, one of its step folders, or an exported model folder
+        output: output folder; must not already contain samples
         classes: class indices, such as 0,1; default: every class of the model
         prompts: captions, instead of classes
-        num_images: how many; default: one of each class or prompt
-        num_steps: steps of the sampler
-        cfg_scale: classifier-free guidance, 1 is none
-        solver: of the sampler
-        seed: of the run
+        num_images: number of images; default: one per class or prompt
+        num_steps: number of sampling steps
+        cfg_scale: classifier-free guidance scale; 1 disables guidance
+        solver: ODE solver
+        seed: random seed
         batch_size: images drawn at once
-        weights: averaged or trained weights
-        device: cpu or cuda; default: cuda when there is one
-        dtype: the network computes in it
+        weights: averaged (ema) or trained (model) weights
+        device: cpu or cuda; default: cuda if available
+        dtype: type that the network computes in
 
     Raises:
-        UserError: when an argument or the checkpoint does not fit.
+        UserError: when an argument or the checkpoint is invalid.
     """
     check_positive(num_images=num_images, batch_size=batch_size, num_steps=num_steps)
     if not 0 <= seed < 2**32:
@@ -79,7 +79,7 @@ def sample(
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
-        dist.init_process_group("gloo", timeout=timedelta(hours=4))  # only lines of text are exchanged, at the end
+        dist.init_process_group("gloo", timeout=timedelta(hours=4))  # ranks exchange only lines of text, at the end
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     hide_library_bars()
@@ -114,7 +114,7 @@ def sample(
 
 
 def _find_together(path: Path, rank: int) -> Path:
-    """Return the checkpoint that a path means, the same on all ranks: a run that trains on may write a newer one meanwhile."""
+    """Return the checkpoint that a path refers to, the same on all ranks: a run in progress may write a newer one meanwhile."""
     found: Path | UserError | None = None
     if rank == 0:
         try:
@@ -128,7 +128,7 @@ def _find_together(path: Path, rank: int) -> Path:
 
 
 def _finish(folder: Path, lines: list[dict], num_conditions: int) -> None:
-    """Write the overview and, last, samples.jsonl: with it the folder is complete."""
+    """Write the overview and, last, samples.jsonl, which marks the folder as complete."""
     shown = [np.asarray(Image.open(folder / line["file"])) for line in lines[:GRID_IMAGES]]
     columns = 10 if num_conditions % 10 == 0 else min(8, len(shown))
     to_pil(make_grid(shown, columns, scale=grid_scale(len(shown[0])))).save(folder / "grid.png")
@@ -139,7 +139,7 @@ def _finish(folder: Path, lines: list[dict], num_conditions: int) -> None:
 
 
 def _conditions(classes: str | None, prompts: list[str] | None, class_names: list[str] | None) -> list[str | int]:
-    """Return what to draw: prompts, the classes asked for, or every class."""
+    """Return what to draw: the prompts, the requested classes, or every class."""
     if prompts is not None:
         return prompts
     if classes is None:

@@ -467,14 +467,14 @@ class TestRefused:
             (folder, folder, "holds the input"),
             (inside, inside.parent, "holds the input"),
             (run, run / "checkpoints" / "step_0000099", "is among the checkpoints of a run"),
-            (folder, folder / "tokenizer" / "out", r"lies in .*, which travels along"),
+            (folder, folder / "tokenizer" / "out", r"lies in .*, which is copied to the output"),
             (run, tmp_path / "model.safetensors", "looks like a file; accepted: a folder"),
-            (run, runs["blend_zero2_2"].output_dir, "is no folder that a conversion has written"),
+            (run, runs["blend_zero2_2"].output_dir, "was not written by a conversion"),
         ]:
             with pytest.raises(UserError, match=message):
                 convert(path, output, to="pt", force=True)
         (folder / "tokenizer" / "thesis.tex").write_text("...")
-        with pytest.raises(UserError, match=r"holds more than a conversion has written: tokenizer/thesis.tex"):
+        with pytest.raises(UserError, match=r"holds files that no conversion wrote: tokenizer/thesis.tex"):
             convert(run, folder, to="pt", force=True)
         assert open_weights(folder).format == "dcp"
 
@@ -524,7 +524,7 @@ class TestRefused:
         self.refuse(
             runs[name].output_dir,
             tmp_path,
-            "verify: model.visual.merger.ln_q.weight was not",
+            "verify: model.visual.merger.ln_q.weight reads back differently",
             to="qwen2-vl",
             verify=True,
         )

@@ -49,7 +49,7 @@ def test_a_file_made_meanwhile_stays(partial, force):
 def test_an_earlier_conversion_is_replaced_by_force_alone(partial, tmp_path):
     folder, target = partial
     export(target, "old")
-    with pytest.raises(UserError, match="has appeared while this was converted"):
+    with pytest.raises(UserError, match="appeared during the conversion"):
         put_in_place(folder, target, force=False)
     assert (target / "weights").read_text() == "old"
     put_in_place(folder, target, force=True)
@@ -61,7 +61,7 @@ def test_a_file_put_into_an_earlier_conversion_is_not_lost(partial):
     folder, target = partial
     export(target, "old")
     (target / "notes").write_text("mine")
-    with pytest.raises(UserError, match="holds more than a conversion has written: notes"):
+    with pytest.raises(UserError, match="holds files that no conversion wrote: notes"):
         put_in_place(folder, target, force=True)
     assert (target / "notes").read_text() == "mine"
 

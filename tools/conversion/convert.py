@@ -1,4 +1,4 @@
-"""One checkpoint into another format: matched with its network, written aside, read back, renamed."""
+"""Convert a checkpoint to another format: match it with its network, write to a temporary folder, read back, rename."""
 
 import json
 import re
@@ -45,7 +45,7 @@ TENSOR_PARALLEL_FORMATS = ("megatron-tp", "megatron-gpt")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]?i?B", re.IGNORECASE)
 COMPONENTS = ("config.json", PIPELINE_FILE, "tokenizer", "vlm", "config.yaml")
-"""What travels along, where it is there."""
+"""Copied to the output if present."""
 
 
 def convert(
@@ -68,7 +68,7 @@ def convert(
         The folder that was written.
 
     Raises:
-        UserError: when an argument or the input does not fit; nothing has been written then.
+        UserError: when an argument or the input is invalid; nothing is written then.
     """
     target = Path(output).resolve()
     check_output(target, Path(path).resolve(), force=force)
@@ -76,7 +76,9 @@ def convert(
         raise UserError(f"max_shard_size: got {max_shard_size!r}; accepted: such as 5GB or 200MB")
     opened = open_checkpoint(Path(path), tag=tag, model_folder=model_folder and Path(model_folder))
     if opened.components is not None and target.is_relative_to(opened.components.resolve()):
-        raise UserError(f"output: {target} lies in {opened.components}, which travels along; accepted: another place")
+        raise UserError(
+            f"output: {target} lies in {opened.components}, which is copied to the output; accepted: another place"
+        )
     try:
         source, config = match(opened, weights=weights, dtype=dtype, to=to, tensor_parallel=tensor_parallel)
         _check_space(target.parent, source)
@@ -103,10 +105,10 @@ def convert(
 def match(
     opened: OpenedCheckpoint, *, weights: str | None, dtype: str | None, to: str, tensor_parallel: int = 1
 ) -> tuple[MatchedSource, LatteFlowConfig]:
-    """Return the weights that are asked for, under the names of the network that config.json describes, and that network.
+    """Return the requested weights, under the names of the network that config.json describes, and that network's configuration.
 
     Raises:
-        ValueError: when they are not there, or not of that network.
+        ValueError: when they are missing, or do not belong to that network.
     """
     source = opened.source
     if opened.components is None:
@@ -143,7 +145,7 @@ def write(
     max_shard_size: str,
     ranks: int,
 ) -> None:
-    """Write the weights in a format, and what travels along."""
+    """Write the weights in a format, and copy the other components."""
     if to == "qwen2-vl":
         options = {"dtype": None if dtype is None else DTYPES[dtype], "max_shard_size": max_shard_size}
         write_qwen2_vl(folder, source, config, opened.components, **options)
@@ -179,7 +181,7 @@ def write(
 
 
 def _check_space(folder: Path, source: WeightSource) -> None:
-    """Refuse an output that has no room for what will be written."""
+    """Refuse an output on a disk with too little free space."""
     while not folder.exists():
         folder = folder.parent
     kinds = len(source.kinds) if source.training_state else 1
@@ -199,10 +201,10 @@ def _verify(
     dtype: str | None,
     ranks: int,
 ) -> None:
-    """Read back what was written and compare every tensor, bit for bit.
+    """Read back what was written and compare every tensor bit for bit.
 
     Raises:
-        ValueError: names the first that differs.
+        ValueError: names the first tensor that differs.
     """
     if to == "qwen2-vl":
         pairs = compare_qwen2_vl(folder, source, config, opened.components)
@@ -219,11 +221,11 @@ def _verify(
         )
     for name, there, expected in pairs:
         if there.dtype != expected.dtype or not torch.equal(there, expected):
-            raise ValueError(f"verify: {name} was not written as it is read; the output is not kept")
+            raise ValueError(f"verify: {name} reads back differently from its source; the output is not kept")
 
 
 def _finish(folder: Path, source: MatchedSource, opened: OpenedCheckpoint, to: str) -> None:
-    """Write export.json, with every file's size and SHA-256, and wait until all is on the disk."""
+    """Write export.json, with every file's size and SHA-256, and sync everything to disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     record = {
         "format": to,

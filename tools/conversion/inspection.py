@@ -1,4 +1,4 @@
-"""What a checkpoint holds, without converting it."""
+"""Describe a checkpoint without converting it."""
 
 from pathlib import Path
 
@@ -9,13 +9,13 @@ from latte_flow.training.checkpoint.opening import open_checkpoint
 
 
 def inspect(path: str, *, tag: str | None = None, model_folder: str | None = None, tensors: bool = False) -> dict:
-    """Return what a checkpoint holds: format, step, world size, which weights, parameters, types, sizes.
+    """Return a description of a checkpoint: format, step, world size, kinds of weights, parameters, types, sizes.
 
     Args:
         path: a checkpoint of any format.
-        tag: of a training output_dir or another folder of DeepSpeed's; None for the newest.
-        model_folder: where config.json is, when not beside the weights.
-        tensors: whether every tensor's type and shape is listed too.
+        tag: checkpoint folder of a training output_dir or a DeepSpeed folder; None for the newest.
+        model_folder: folder with config.json, if not beside the weights.
+        tensors: whether to list every tensor's type and shape too.
     """
     opened = open_checkpoint(Path(path), tag=tag, model_folder=model_folder and Path(model_folder), contents=False)
     source = opened.source

@@ -1,7 +1,7 @@
-"""The understanding path's language model as megatron-core's GPTModel: its names of weights, in tensor-parallel ranks' files.
+"""The understanding path's language model as megatron-core's GPTModel: its weight names, in one file per tensor-parallel rank.
 
-The vision tower has no counterpart in a GPTModel and is not written. Tokens of text have equal positions in time, row and column:
-Qwen2-VL's multimodal rotary embedding is then the plain one, which Megatron applies to the halves of a head as transformers does.
+The vision tower has no counterpart in a GPTModel and is not written. Text tokens have equal positions in time, row and column, so
+Qwen2-VL's multimodal rotary embedding reduces to the standard one, which Megatron applies to a head's halves, like transformers.
 """
 
 import json
@@ -28,13 +28,13 @@ def write_megatron_gpt(folder: Path, vlm: PreTrainedModel, *, step: int | None, 
     """Write a Qwen2-VL's language model for a GPTModel with the local layer specification, and the arguments to build it.
 
     Args:
-        folder: to write to.
+        folder: output folder.
         vlm: the Qwen2-VL.
-        step: that its weights are of; None when unknown.
+        step: training step of its weights; None if unknown.
         tensor_parallel: number of ranks.
 
     Raises:
-        ValueError: when a GPTModel does not compute what this language model does.
+        ValueError: when a GPTModel cannot represent this language model.
     """
     arguments = gpt_arguments(vlm.config, tensor_parallel)
     for rank in range(tensor_parallel):
@@ -45,7 +45,7 @@ def write_megatron_gpt(folder: Path, vlm: PreTrainedModel, *, step: int | None, 
 def compare_megatron_gpt(
     folder: Path, vlm: PreTrainedModel, *, tensor_parallel: int
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield (name, what is in a folder, what should be there) for every weight that ``write_megatron_gpt`` wrote."""
+    """Yield (name, tensor in the folder, expected tensor) for every weight that ``write_megatron_gpt`` wrote."""
     for rank in range(tensor_parallel):
         written = load_torch_file(find_iteration(folder) / f"mp_rank_{rank:02d}" / RANK_FILE)["model"]
         for name, expected in gpt_part(vlm, rank, tensor_parallel).items():
@@ -54,14 +54,14 @@ def compare_megatron_gpt(
 
 
 def gpt_arguments(config: PretrainedConfig, tensor_parallel: int) -> dict[str, dict]:
-    """Return the arguments of TransformerConfig and GPTModel that a Qwen2-VL's language model has, and JSON can hold.
+    """Return the arguments of TransformerConfig and GPTModel for a Qwen2-VL's language model, as JSON-serialisable values.
 
     Raises:
-        ValueError: when a GPTModel does not compute what this language model does.
+        ValueError: when a GPTModel cannot represent this language model.
     """
     text = config.text_config
     rope = text.rope_parameters
-    # transformers calls the multimodal rotary embedding "default" or "mrope"; the other types stretch it.
+    # transformers calls the multimodal rotary embedding "default" or "mrope"; the other types rescale it.
     for name, value, accepted in (
         ("hidden_act", text.hidden_act, ("silu",)),
         ("rope_type", rope["rope_type"], ("default", "mrope")),
@@ -97,10 +97,10 @@ def gpt_arguments(config: PretrainedConfig, tensor_parallel: int) -> dict[str, d
 
 
 def gpt_part(vlm: PreTrainedModel, rank: int, size: int) -> dict[str, Tensor | None]:
-    """Return one of ``size`` tensor-parallel ranks' state dict of a GPTModel.
+    """Return the GPTModel state dict of one of ``size`` tensor-parallel ranks.
 
     Megatron fuses projections: linear_qkv has, for each key head, its query heads, the key head and the value head; linear_fc1
-    has a rank's gates, then its other units. Ranks share the vocabulary; rows of zeros fill it up to a multiple of their number.
+    has a rank's gate projection, then its up projection. The vocabulary is split over the ranks and padded with zero rows.
     """
     text, weights = vlm.config.text_config, vlm.state_dict()
     groups = text.num_key_value_heads // size
@@ -128,7 +128,7 @@ def gpt_part(vlm: PreTrainedModel, rank: int, size: int) -> dict[str, Tensor | N
         }.items():
             state[f"{theirs}.{name}.weight"] = part(f"{ours}.{other}.weight").clone()
         for name in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"):
-            state[f"{theirs}.{name}._extra_state"] = None  # Megatron's linears miss it when it is not there
+            state[f"{theirs}.{name}._extra_state"] = None  # strict loading of Megatron's linears requires the key
     state["decoder.final_layernorm.weight"] = weights[f"{LANGUAGE_MODEL}.norm.weight"].clone()
     if not vlm.config.tie_word_embeddings:
         state["output_layer.weight"] = vocabulary(HEAD)

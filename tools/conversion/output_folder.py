@@ -1,4 +1,4 @@
-"""The folder that a conversion writes: what may be replaced, a name while it is incomplete, and its own name at the end."""
+"""The output folder of a conversion: what it may replace, its temporary name while incomplete, and the final rename."""
 
 import errno
 import glob
@@ -16,21 +16,19 @@ FILE_SUFFIXES = (".safetensors", ".pt", ".bin", ".pth")
 
 
 def check_output(target: Path, source: Path, *, force: bool) -> None:
-    """Refuse a folder that may not be written.
+    """Refuse an output folder that may not be written.
 
     Args:
         target: the output, resolved.
         source: the input, resolved.
-        force: whether an earlier conversion may be replaced. Nothing else is: neither a folder with anything that its
-            export.json does not list, nor one that the input lies in.
+        force: whether an earlier conversion may be replaced. Nothing else ever is: neither a folder with files that its
+            export.json does not list, nor one that contains the input.
 
     Raises:
         UserError: names what is in the way and what is accepted.
     """
     if target.suffix in FILE_SUFFIXES:
-        raise UserError(
-            f"output: {target} looks like a file; accepted: a folder, which the weights' file is written into"
-        )
+        raise UserError(f"output: {target} looks like a file; accepted: a folder for the weights' file")
     for parent in target.parents:
         if parent.name == CHECKPOINTS_FOLDER and (parent.parent / CONFIG_FILE).is_file():
             raise UserError(f"output: {target} is among the checkpoints of a run; accepted: another place")
@@ -44,18 +42,18 @@ def check_output(target: Path, source: Path, *, force: bool) -> None:
 
 
 def _check_only_converted(folder: Path, name: Path | None = None) -> None:
-    """Refuse a folder with anything that its export.json does not list.
+    """Refuse a folder with files that its export.json does not list.
 
     Args:
-        folder: what is looked at.
-        name: what it is called in the message, if not that.
+        folder: the folder to check.
+        name: its name in error messages, if different.
 
     Raises:
         UserError: names a file that is in the way.
     """
     name = name or folder
     if not folder.is_dir() or (not (folder / EXPORT_FILE).is_file() and any(folder.iterdir())):
-        raise UserError(f"output: {name} is no folder that a conversion has written; it is not replaced")
+        raise UserError(f"output: {name} was not written by a conversion; it is not replaced")
     try:
         record = read_export_record(folder) or {"files": {}}
     except ValueError as error:
@@ -63,11 +61,11 @@ def _check_only_converted(folder: Path, name: Path | None = None) -> None:
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
     foreign = sorted(there - record["files"].keys() - {EXPORT_FILE})
     if foreign:
-        raise UserError(f"output: {name} holds more than a conversion has written: {foreign[0]}; it is not replaced")
+        raise UserError(f"output: {name} holds files that no conversion wrote: {foreign[0]}; it is not replaced")
 
 
 def make_partial_folder(target: Path) -> Path:
-    """Make the folder that is written first: of this process, beside the target. Those of dead processes are removed."""
+    """Create this process's temporary folder beside the target. Those of dead processes are removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{target.name}{PARTIAL}{os.uname().nodename}-"
     for left in target.parent.glob(f"{glob.escape(prefix)}*"):
@@ -80,26 +78,26 @@ def make_partial_folder(target: Path) -> Path:
 
 
 def put_in_place(partial: Path, target: Path, *, force: bool) -> None:
-    """Give a complete folder its name; what has appeared there since ``check_output`` is looked at again.
+    """Rename a complete folder to its final name, after checking again what has appeared there since ``check_output``.
 
     Args:
         partial: the folder.
-        target: its name. An empty folder there is replaced.
-        force: whether an earlier conversion may be replaced, as of ``check_output``. It is removed when the new one has its name.
+        target: its final name. An empty folder there is replaced.
+        force: as for ``check_output``. The earlier conversion is removed once the new one has its name.
 
     Raises:
-        UserError: when something is there that may not be replaced; it stays as it is.
+        UserError: when the target exists and may not be replaced; it is left unchanged.
     """
     try:
-        os.rename(partial, target)  # fails where a file or a folder with anything in it is
+        os.rename(partial, target)  # fails if the target is a file or a non-empty folder
         sync_folder(target.parent)
         return
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
     if not force:
-        raise UserError(f"output: {target} has appeared while this was converted; it is not replaced")
-    # Moved away first: nobody who goes by its name adds to it between the look and the removal.
+        raise UserError(f"output: {target} appeared during the conversion; it is not replaced")
+    # Moved away first, so that nobody adds files to it between the check and the removal.
     old = partial.with_name(f"{partial.name}-old")
     os.rename(target, old)
     try:

@@ -1,4 +1,4 @@
-"""The understanding path as a stock Qwen2-VL folder: transformers loads it with no code of ours."""
+"""The understanding path as a stock Qwen2-VL folder, which transformers loads without our code."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from latte_flow.training.checkpoint.formats.source import TensorInfo, WeightSour
 from latte_flow.training.checkpoint.model_folder import TOKENIZER_FOLDER, PipelineConfig
 
 PREFIX = "vlm."
-"""Of the VLM's weights in a Blend model."""
+"""Prefix of the VLM's weights in a Blend model."""
 
 
 def write_qwen2_vl(
@@ -30,7 +30,7 @@ def write_qwen2_vl(
     """Write the VLM of ``load_understanding_path`` with its tokenizer and image processor.
 
     Args:
-        folder: to write to.
+        folder: output folder.
         source, config, components, dtype: see ``load_understanding_path``.
         max_shard_size: such as ``5GB``.
     """
@@ -42,16 +42,16 @@ def write_qwen2_vl(
 def load_understanding_path(
     source: WeightSource, config: LatteFlowConfig, components: Path, dtype: torch.dtype | None
 ) -> PreTrainedModel:
-    """Return the VLM that answers questions: for Blend the trained one, for Couple the frozen one.
+    """Return the VLM that answers questions: the trained one of Blend, the frozen one of Couple.
 
     Args:
         source: the model's weights, under its own names.
         config: of the model.
         components: the model folder, with the tokenizer, the image processor, and a Couple model's VLM or its path.
-        dtype: of the weights; None keeps what there is: a Blend's trained type, a Couple's VLM's own.
+        dtype: type of the weights; None keeps that of Blend's trained weights or of Couple's VLM.
 
     Raises:
-        ValueError: when the tokenizer or a Couple model's VLM is not there, or the VLM is not the one it was trained with.
+        ValueError: when the tokenizer or a Couple model's VLM is missing, or the VLM is not the one it was trained with.
     """
     if not (components / TOKENIZER_FOLDER).is_dir():
         raise ValueError(f"{components / TOKENIZER_FOLDER} not found; the understanding path needs the tokenizer")
@@ -68,7 +68,7 @@ def load_understanding_path(
 def compare_qwen2_vl(
     folder: Path, source: WeightSource, config: LatteFlowConfig, components: Path
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield (name, what is in a folder, what should be there) for every weight of the VLM that ``write_qwen2_vl`` wrote."""
+    """Yield (name, tensor in the folder, expected tensor) for every VLM weight that ``write_qwen2_vl`` wrote."""
     written, _ = load_vlm(folder)
     own = written.state_dict(keep_vars=True)
     if config.variant == "blend":
@@ -78,12 +78,12 @@ def compare_qwen2_vl(
         frozen = PipelineConfig.load(components).load_frozen_vlm(components, None).state_dict(keep_vars=True)
         names, read = list(frozen), frozen.__getitem__
     for name in names:
-        # The folder has one type; frozen weights of a Blend may have had a smaller one.
+        # The folder has a single type; frozen weights of a Blend model may have had a smaller one.
         yield name, own[name].detach(), read(name).detach().to(written.dtype)
 
 
 class _VlmPart(WeightSource):
-    """The VLM's weights in a Blend model, under their names in the VLM."""
+    """The VLM's weights in a Blend model, under the VLM's own names."""
 
     format = "vlm"
 

@@ -1,4 +1,4 @@
-"""Writers of the formats that a checkpoint is converted to; their readers are in training/checkpoint/formats/."""
+"""Writers of the output formats; the readers are in training/checkpoint/formats/."""
 
 import json
 from collections.abc import Mapping
@@ -31,16 +31,16 @@ from latte_flow.training.checkpoint.formats.universal import (
 def write_safetensors(
     folder: Path, source: WeightSource, *, max_shard_size: str | None, metadata: Mapping[str, str]
 ) -> None:
-    """Write model.safetensors, or shards with model.safetensors.index.json. One shard at a time is in memory.
+    """Write model.safetensors, or shards with model.safetensors.index.json. Only one shard at a time is in memory.
 
     Args:
-        folder: to write to.
-        source: what is written.
+        folder: output folder.
+        source: the weights.
         max_shard_size: such as ``5GB``; None writes a single file.
-        metadata: goes into every file.
+        metadata: written to every file.
 
     Raises:
-        ValueError: when max_shard_size is not a size.
+        ValueError: when max_shard_size is not a valid size.
     """
     metadata, infos = {"format": "pt", **metadata}, source.tensors
     if max_shard_size is None:
@@ -65,37 +65,37 @@ def write_safetensors(
         "metadata": {"total_size": sum(info.num_bytes for info in infos.values())},
         "weight_map": split.tensor_to_filename,
     }
-    if not split.is_sharded:  # all fit into one: an index all the same, for it was asked for
+    if not split.is_sharded:  # one shard is enough; the index is still written, because it was requested
         index["weight_map"] = dict.fromkeys(infos, safetensors_files.WEIGHTS_FILE)
     (folder / safetensors_files.INDEX_FILE).write_text(json.dumps(index, indent=2))
 
 
 def write_torch_file(folder: Path, source: WeightSource) -> None:
-    """Write the weights as one pytorch_model.bin, which transformers loads."""
+    """Write the weights as a single pytorch_model.bin, which transformers loads."""
     torch.save({name: source.read(name) for name in source.tensors}, folder / torch_files.WEIGHTS_FILE)
 
 
 def write_dcp(folder: Path, source: WeightSource) -> None:
-    """Write the weights as a DCP of one rank, under their own names."""
+    """Write the weights as a single-rank DCP checkpoint, under their own names."""
     state = {name: source.read(name) for name in source.tensors}
     with quiet_dcp():
         dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
 
 
 def write_megatron_dist(folder: Path, source: WeightSource) -> None:
-    """Write the weights as megatron.core.dist_checkpointing's torch_dist format, whose own writer needs CUDA."""
+    """Write the weights in megatron.core.dist_checkpointing's torch_dist format; Megatron's own writer needs CUDA."""
     write_dcp(folder, source)
     torch.save({"iteration": source.step or 0}, folder / COMMON_FILE)
     (folder / MEGATRON_FILE).write_text(json.dumps(MEGATRON_CONFIG))
 
 
 def write_megatron_ranks(folder: Path, source: WeightSource, *, tensor_parallel: int) -> None:
-    """Write each tensor-parallel rank's part as Megatron lays its checkpoints out.
+    """Write each tensor-parallel rank's part in Megatron's checkpoint layout.
 
     Raises:
-        ValueError: when the number of ranks does not divide a tensor that is split.
+        ValueError: when the number of ranks does not divide a tensor that must be split.
     """
-    for rank in range(tensor_parallel):  # reading again costs less than the whole model in memory
+    for rank in range(tensor_parallel):  # rereading costs less than holding the whole model in memory
         state = {key: take_part(key, source.read(key), rank, tensor_parallel).clone() for key in source.tensors}
         write_megatron_rank(folder, state, rank, tensor_parallel, source.step)
 
@@ -103,7 +103,7 @@ def write_megatron_ranks(folder: Path, source: WeightSource, *, tensor_parallel:
 def write_megatron_rank(
     folder: Path, state: Mapping[str, Tensor | None], rank: int, tensor_parallel: int, step: int | None
 ) -> None:
-    """Write one rank's state dict where Megatron looks for it; None for the step gives a release."""
+    """Write one rank's state dict where Megatron looks for it; without a step it is written as a release."""
     content = {
         "checkpoint_version": 3.0,
         "iteration": step or 0,
@@ -118,14 +118,14 @@ def write_megatron_rank(
 
 
 def write_universal(folder: Path, source: WeightSource) -> None:
-    """Write a universal checkpoint: with the optimizer's state, if the source has it, or with the weights alone.
+    """Write a universal checkpoint, with the optimizer state if the source has it, otherwise with the weights only.
 
     Args:
-        folder: to write to.
-        source: what is written; with a training state all its kinds are.
+        folder: output folder.
+        source: the weights; with a training state, all its kinds are written.
     """
     state, infos = source.training_state, source.tensors
-    # Without a training state nothing says what was trained: float32 weights may start a training, others stay as they are.
+    # Without a training state, trained parameters are unknown: float32 weights may initialise a run, others are kept as they are.
     trained = dict(state.shapes) if state else {n: i.shape for n, i in infos.items() if i.dtype == torch.float32}
     (folder / ZERO_FOLDER).mkdir()
     states = dict(state.model_states) if state else _empty_model_states(source.step)
