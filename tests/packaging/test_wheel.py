@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import REDUCED
-from tests.integration.launching import ROOT, Finished, environment, run
+from tests.integration.launching import ROOT, Finished, environment, free_port, metrics, run
 
 ROOMS = ("model", "training", "tools")
 COMMANDS = ("train", "sample", "encode-latents", "convert", "benchmark")
@@ -109,15 +109,34 @@ def test_the_console_scripts_are_there(installed):
     assert scripts == {f"latte-flow-{command}" for command in COMMANDS}
 
 
+def train(installed: Installed, program: str, *arguments: str, output_dir: Path) -> None:
+    """Train two steps on the preset and the DeepSpeed configuration of the package."""
+    values = REDUCED | {"max_steps": 2, "optimizer.warmup_steps": 1, "checkpoint.every": 2, "sample.every": 2}
+    values |= {"deepspeed": "ds_configs/zero2.json", "config": "digits", "output_dir": output_dir}
+    finished = installed.run(program, *arguments, *(f"--{name}={value}" for name, value in values.items()))
+    assert finished.code == 0, finished.output
+    assert [entry["step"] for entry in metrics(output_dir)] == [1, 2]
+
+
 def test_the_installed_commands_train_and_draw(installed, tmp_path):
     """One process without a launcher, then images from its checkpoint."""
     output, drawn = tmp_path / "run", tmp_path / "drawn"
-    values = REDUCED | {"max_steps": 2, "optimizer.warmup_steps": 1, "checkpoint.every": 2, "sample.every": 2}
-    values |= {"deepspeed": "ds_configs/zero2.json", "config": "digits", "output_dir": output}  # of the package
-    finished = installed.run("latte-flow-train", *(f"--{name}={value}" for name, value in values.items()))
-    assert finished.code == 0, finished.output
-    assert [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    train(installed, "latte-flow-train", output_dir=output)
     arguments = [str(output), "--output", str(drawn), "--num_images", "2", "--num_steps", "2"]
     finished = installed.run("latte-flow-sample", *arguments)
     assert finished.code == 0, finished.output
     assert {path.name for path in drawn.iterdir()} == {"000000.png", "000001.png", "samples.jsonl", "grid.png"}
+
+
+def test_the_launcher_starts_the_installed_module_on_two_ranks(installed, tmp_path):
+    """As docs/quickstart.md describes. The ``deepspeed`` script on PATH would start the Python of its own environment."""
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={free_port()}"]
+    train(installed, "python", *launcher, "--module", "latte_flow.training.main", output_dir=tmp_path / "run")
+    (manifest,) = (tmp_path / "run" / "checkpoints").glob("step_*/manifest.json")
+    assert json.loads(manifest.read_text())["world_size"] == 2
+
+
+def test_the_installed_module_describes_its_arguments(installed):
+    finished = installed.run("python", "-m", "latte_flow.training.main", "--help")
+    assert finished.code == 0, finished.output
+    assert "--optimizer.lr" in finished.output
