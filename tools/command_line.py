@@ -9,6 +9,7 @@ from typing import Any
 import docstring_parser
 from jsonargparse import ActionYesNo
 
+from latte_flow.training.configs.checked import check_path, shown
 from latte_flow.training.configs.parser import OneLineParser
 from latte_flow.training.errors import UserError, exit_code
 
@@ -29,6 +30,15 @@ def check_positive(**numbers: int | None) -> None:
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise UserError(f"{name}: got {value}; accepted: 1 or more")
+
+
+def check_paths(**paths: str | None) -> None:
+    """Raise UserError for a path that is not accepted (training/configs/checked.py)."""
+    for name, path in paths.items():
+        try:
+            check_path(path)
+        except ValueError as error:
+            raise UserError(f"{name}: got {shown(path)}; accepted: {error}") from error
 
 
 def _parse(function: Callable, skip: typing.KeysView[str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from latte_flow.model.codecs import PRESETS, LatentCodec, load_codec
-from latte_flow.tools.command_line import check_positive, run_function
+from latte_flow.tools.command_line import check_paths, check_positive, run_function
 from latte_flow.training.configs.fields import DataConfig
 from latte_flow.training.data.datasets import load_image_dataset
 from latte_flow.training.data.images import ImageDataset
@@ -87,6 +87,7 @@ def encode_latents(
         UserError: when an argument, the source or the codec is invalid, the output holds something else, more images are broken
             than accepted, or (rank 0) another rank has stopped.
     """
+    check_paths(source=source, output=output, codec=codec)
     check_positive(resolution=resolution, batch_size=batch_size, shard_size=shard_size, patch=patch)
     if num_workers < 0:
         raise UserError(f"num_workers: got {num_workers}; accepted: 0 or more")

@@ -23,7 +23,7 @@ from PIL import Image
 
 from latte_flow.model.images import grid_scale, make_grid, to_pil
 from latte_flow.model.sampling import SOLVERS, image_seeds
-from latte_flow.tools.command_line import check_positive, run_function
+from latte_flow.tools.command_line import check_paths, check_positive, run_function
 from latte_flow.training.checkpoint.opening import WEIGHTS, find_checkpoint, is_pipeline, load_pipeline
 from latte_flow.training.distributed.collectives import agree, gather
 from latte_flow.training.errors import UserError
@@ -68,6 +68,7 @@ def sample(
     Raises:
         UserError: when an argument or the checkpoint is invalid.
     """
+    check_paths(checkpoint=checkpoint, output=output)
     check_positive(num_images=num_images, batch_size=batch_size, num_steps=num_steps)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed: got {seed}; accepted: 0 to 2^32 - 1")

@@ -1,5 +1,6 @@
 """Command lines from signatures: what documented commands look like, and one line for what is wrong."""
 
+import importlib
 import inspect
 import sys
 from typing import Literal
@@ -145,3 +146,19 @@ def test_numbers_less_than_one():
     check_positive(steps=1, batch_size=None)
     with pytest.raises(UserError, match=r"batch_size: got 0; accepted: 1 or more"):
         check_positive(steps=1, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "field"),
+    [
+        ("sample", ["runs/lr[12]", "--output", "x"], "checkpoint"),
+        ("sample", ["runs/x", "--output", "a*"], "output"),
+        ("convert_checkpoint", ["runs/lr[12]", "x", "--to", "pt"], "path"),
+        ("convert_checkpoint", ["runs/x", "b::c", "--to", "pt"], "output"),
+        ("encode_latents", ["--source", "a?", "--output", "x"], "source"),
+    ],
+)  # fmt: skip
+def test_paths_that_a_library_reads_as_patterns_are_refused(monkeypatch, capsys, tool, arguments, field):
+    monkeypatch.setattr("sys.argv", [tool, *arguments])
+    assert importlib.import_module(f"latte_flow.tools.{tool}").run() == 2
+    assert capsys.readouterr().err.startswith(f"error: {field}: got ")

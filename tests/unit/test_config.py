@@ -384,7 +384,7 @@ class TestDifferences:
         str: "other", int: 12345, float: 0.4321, bool: None, type(None): 16, list: [0.5, 0.25],
     }  # fmt: skip
     MAY_CHANGE = (
-        "output_dir", "deepspeed", "resume", "max_steps", "micro_batch_size", "tensor_parallel", "checkpoint.", "health.",
+        "output_dir", "run_id", "deepspeed", "resume", "max_steps", "micro_batch_size", "tensor_parallel", "checkpoint.", "health.",
         "logging.", "sample.", "data.num_workers", "data.allow_changed", "model.attention_backend", "vlm.context_cache",
     )  # fmt: skip
 
@@ -554,7 +554,7 @@ class TestDeepSpeedFile:
                 {"zero_optimization": {"stage": 2, "reduce_buket_size": 5}},
                 "DeepSpeed rejects .*: .*reduce_buket_size",
             ),
-            ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "large"}}, "not what .* reduce_bucket_size"),
+            ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "large"}}, "rejects .* reduce_bucket_size"),
             ({"zero_optimization": {"stage": 2}, "steps_per_print": []}, "steps_per_print"),
             (
                 {"zero_optimization": {"stage": 2}, "wall_clock_breakdown": 1},
@@ -581,3 +581,22 @@ class TestDeepSpeedFile:
         assert result["train_micro_batch_size_per_gpu"] == 8
         assert result["bf16"] == {"enabled": False}
         assert "auto" not in json.dumps(result)
+
+
+PATTERNS = ["runs/lr[12]", "runs/a*", "what?", "a\nb", "-r", "zip://a::b.zip"]
+
+
+@pytest.mark.parametrize("path", PATTERNS)
+@pytest.mark.parametrize("field", ["output_dir", "resume", "init_from", "data.path", "codec.path", "vlm.path"])
+def test_paths_that_a_library_reads_as_patterns_are_refused(field, path):
+    with pytest.raises(UserError, match=rf"^{field}: got .*; accepted: a path without \* \? \[ \] :: or line breaks"):
+        parse_config([f"--{field}={path}"])
+
+
+def test_a_pattern_in_a_folder_above_counts_too(tmp_path, monkeypatch):
+    (tmp_path / "a[1]").mkdir()
+    monkeypatch.chdir(tmp_path / "a[1]")
+    with pytest.raises(
+        UserError, match=r"^output_dir: got 'run'; accepted: a path without .* in the folders above it too"
+    ):
+        parse_config(["--output_dir", "run"])

@@ -10,6 +10,7 @@ import torch
 from latte_flow.model.configuration import LatteFlowConfig, load_network_config
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.partition import check_tensor_parallel
+from latte_flow.tools.command_line import check_paths
 from latte_flow.tools.conversion.megatron_gpt import compare_megatron_gpt, write_megatron_gpt
 from latte_flow.tools.conversion.output_folder import check_output, make_partial_folder, put_in_place
 from latte_flow.tools.conversion.qwen2_vl import compare_qwen2_vl, load_understanding_path, write_qwen2_vl
@@ -70,6 +71,7 @@ def convert(
     Raises:
         UserError: when an argument or the input is invalid; nothing is written then.
     """
+    check_paths(path=path, output=output, model_folder=model_folder)
     target = Path(output).resolve()
     check_output(target, Path(path).resolve(), force=force)
     if not SHARD_SIZE.fullmatch(max_shard_size):

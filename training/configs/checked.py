@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 import reprlib
 import string
 from typing import Annotated, TypeVar, cast, dataclass_transform
@@ -19,17 +20,26 @@ ACCEPTED = {  # for error types whose pydantic message does not name an accepted
     "invalid_key": "names that are text",
     "unexpected_keyword_argument": "the fields that --help lists, each inside its section",
 }
+PATTERN = re.compile(r"[*?\[\]\r\n]|::")
 T = TypeVar("T")
 
 
 def check_path(text: str | None) -> str | None:
-    """Reject text that cannot be a path on any file system."""
+    """Reject text that cannot be a path, and paths that a library or a shell would read as a pattern, a URL or an option.
+
+    DeepSpeed globs the path of a checkpoint: resuming runs/lr[12] would load the weights of runs/lr1. datasets globs its files,
+    and fsspec splits paths at ``::``.
+    """
     try:
         encoded = os.fsencode(text or "")
     except UnicodeEncodeError:  # a lone surrogate
         encoded = b"\0"
     if b"\0" in encoded or len(encoded) >= 4096 or any(len(part) > 255 for part in encoded.split(b"/")):
         raise ValueError("a path")
+    if text and (text.startswith("-") or PATTERN.search(os.path.abspath(text))):
+        raise ValueError(
+            "a path without * ? [ ] :: or line breaks, in the folders above it too, that does not start with -"
+        )
     return text
 
 
