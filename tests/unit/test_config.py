@@ -384,8 +384,8 @@ class TestDifferences:
         str: "other", int: 12345, float: 0.4321, bool: None, type(None): 16, list: [0.5, 0.25],
     }  # fmt: skip
     MAY_CHANGE = (
-        "output_dir", "run_id", "deepspeed", "resume", "max_steps", "micro_batch_size", "tensor_parallel", "checkpoint.", "health.",
-        "logging.", "sample.", "data.num_workers", "data.allow_changed", "model.attention_backend", "vlm.context_cache",
+        "output_dir", "run_id", "deepspeed", "resume", "max_steps", "micro_batch_size", "tensor_parallel", "checkpoint.",
+        "health.", "logging.", "sample.", "data.num_workers", "data.allow_changed", "model.attention_backend", "vlm.context_cache",
     )  # fmt: skip
 
     @pytest.mark.parametrize("path", sorted(FIELDS), ids=".".join)
