@@ -4,8 +4,8 @@
 #   sbatch [--nodes=N] launch/encode_latents_h200.sh --source PATH --output DIR [--codec PATH] [--resolution 256] ...
 #
 # The arguments are those of tools/encode_latents.py, which resumes after any interruption without losing samples or encoding
-# finished shards again, so a signal before the time limit simply requeues the job. For set-up, logs, environment variables and what to edit for a cluster,
-# see launch/train_h200.sh.
+# finished shards again, so a signal before the time limit simply requeues the job. For set-up, logs, environment variables and
+# what to edit for a cluster, see launch/train_h200.sh.
 #
 ##SBATCH --account=CHANGE_ME
 ##SBATCH --partition=CHANGE_ME

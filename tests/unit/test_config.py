@@ -554,7 +554,10 @@ class TestDeepSpeedFile:
                 {"zero_optimization": {"stage": 2, "reduce_buket_size": 5}},
                 "DeepSpeed rejects .*: .*reduce_buket_size",
             ),
-            ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "large"}}, "not what .* reduce_bucket_size"),
+            (
+                {"zero_optimization": {"stage": 2, "reduce_bucket_size": "large"}},
+                "DeepSpeed rejects .* reduce_bucket_size",
+            ),
             ({"zero_optimization": {"stage": 2}, "steps_per_print": []}, "steps_per_print"),
             (
                 {"zero_optimization": {"stage": 2}, "wall_clock_breakdown": 1},
