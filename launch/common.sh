@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Sourced by the launch scripts: sets up the project's own virtual environment, once, and puts it on PATH.
+# Sourced by the launch scripts: sets up the project's own virtual environment once and puts it on PATH.
 #
 # LATTE_FLOW_PYTHON=/path/to/python   use this interpreter as it is (an environment, a module): nothing is installed.
-# LATTE_FLOW_VENV=DIR                 where the environment lives; default: .venv in the repository. A relative DIR starts there.
+# LATTE_FLOW_VENV=DIR                 folder of the environment, relative to the repository; default: .venv.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -13,33 +13,33 @@ fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 find_python() {
     local candidate
     for candidate in python3.12 python3.11 python3 python; do
-        # Debian leaves ensurepip out of its python3.
+        # Debian's python3 comes without ensurepip.
         if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
             command -v "$candidate"
             return
         fi
     done
     fail "no Python 3.11 or 3.12 with the modules venv and ensurepip found on PATH (Debian: apt-get install python3-venv); \
-install one, or name one that has the packages of setup.cfg with LATTE_FLOW_PYTHON"
+install one, or set LATTE_FLOW_PYTHON to one that has the packages of setup.cfg"
 }
 
-# What an environment depends on. Its scripts hold its absolute path, so a moved repository needs a new one.
+# What an environment depends on. Its scripts contain its absolute path, so a moved repository needs a new one.
 stamp_of() {
     printf '%s\n' "$1" "$("$1/bin/python" -c 'import sys; print(sys.version)' 2>/dev/null)"
     cat "$ROOT/setup.cfg" "$ROOT/pyproject.toml" | sha256sum
 }
 
-# Create or complete the virtual environment. A stamp inside it says what was installed: it is written last, so an interrupted
-# installation is repaired by the next start, and a changed setup.cfg is installed again.
+# Create or complete the virtual environment. A stamp file inside it records what was installed. It is written last, so the next
+# start repairs an interrupted installation, and a changed setup.cfg is installed again.
 setup_environment() {
     if [ -n "${LATTE_FLOW_PYTHON:-}" ]; then
         local bin problem
         problem=$("$LATTE_FLOW_PYTHON" -c 'import deepspeed, transformers' 2>&1 >/dev/null) ||
             fail "LATTE_FLOW_PYTHON: $LATTE_FLOW_PYTHON lacks the packages of setup.cfg (${problem##*$'\n'}); run: $LATTE_FLOW_PYTHON -m pip install -e '${ROOT}[test]'"
         bin=$(dirname "$LATTE_FLOW_PYTHON")
-        # The scripts call both by name: a lone interpreter would run another environment's.
+        # The scripts call both by name: with only an interpreter they would run another environment's.
         if [ ! -x "$bin/python" ] || [ ! -x "$bin/deepspeed" ]; then
-            fail "LATTE_FLOW_PYTHON: $bin lacks python or deepspeed; accepted: the python of an environment with both beside it"
+            fail "LATTE_FLOW_PYTHON: $bin lacks python or deepspeed; accepted: the python of an environment with both in the same folder"
         fi
         PATH="$bin:$PATH"
         export PATH PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
@@ -48,30 +48,30 @@ setup_environment() {
     local venv=${LATTE_FLOW_VENV:-$ROOT/.venv} python started=$SECONDS
     case $venv in /*) ;; *) venv=$ROOT/$venv ;; esac
     (
-        # Two scripts started together must not install into one environment at the same time.
+        # Scripts started at the same time must not install into the environment concurrently.
         flock 9
         local stamp=$venv/latte_flow.stamp unfinished=$venv/latte_flow.unfinished
         if [ "$(cat "$stamp" 2>/dev/null)" != "$(stamp_of "$venv")" ]; then
-            # pip takes a package that was killed half-way for an installed one, so what a kill left is not built upon.
+            # pip treats a partially installed package as installed, so an environment left by a kill is not reused.
             if [ -e "$unfinished" ] || { [ -e "$stamp" ] && [ "$(head -n 1 "$stamp")" != "$venv" ]; } ||
                 ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
                 if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ ! -e "$venv/pyvenv.cfg" ] && [ ! -e "$unfinished" ]; then
-                    fail "$venv: holds files and is no virtual environment; accepted for LATTE_FLOW_VENV: a new or empty folder, or an environment"
+                    fail "$venv: holds files and is not a virtual environment; accepted for LATTE_FLOW_VENV: a new or empty folder, or an environment"
                 fi
                 python=$(find_python) || exit 2
                 say "creating $venv with $("$python" --version)"
-                [ ! -L "$venv" ] || rm "$venv" # a link's target is not ours to empty
+                [ ! -L "$venv" ] || rm "$venv" # do not empty the target of a link
                 mkdir -p "$venv"
                 touch "$unfinished"
-                # The mark stays while the rest goes: what a kill leaves here must be known as ours.
+                # The marker stays while the rest is deleted: after a kill it identifies the folder as ours.
                 find "$venv" -mindepth 1 -maxdepth 1 ! -path "$unfinished" -exec rm -rf {} +
                 "$python" -m venv "$venv" || fail "$python could not create $venv"
             fi
             say "installing the packages of setup.cfg into $venv: several GB, about 2 minutes on a fast connection"
             touch "$unfinished"
             if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "${ROOT}[test]"; then
-                rm -f "$unfinished" # pip ended by itself: what it installed is whole
-                fail "installation failed; the next start goes on with it"
+                rm -f "$unfinished" # pip was not killed: what it installed is complete
+                fail "installation failed; the next start continues it"
             fi
             stamp_of "$venv" >"$stamp"
             rm -f "$unfinished"
@@ -80,32 +80,32 @@ setup_environment() {
     ) 9>"$ROOT/.setup.lock" || exit $?
     PATH="$venv/bin:$PATH"
     export PATH
-    # Compiled operators belong to the environment: shared between two environments they would be compiled anew at every change.
+    # Compiled operators belong to the environment: shared between two environments, they would be recompiled at every switch.
     export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions}
 }
 
-# Without a GPU, DeepSpeed runs on the CPU; it compiles a small communication operator at its first start.
+# Without a GPU, DeepSpeed runs on the CPU and compiles a small communication operator at the first start.
 setup_accelerator() {
     local gpus=
     if [ "${DS_ACCELERATOR:-}" != cpu ] && command -v nvidia-smi >/dev/null; then
-        # Into a variable: a pipe to grep -q may end nvidia-smi by SIGPIPE, and pipefail would take that for "no GPU".
+        # Into a variable: a pipe to grep -q may kill nvidia-smi with SIGPIPE, which pipefail would treat as "no GPU".
         gpus=$(nvidia-smi -L 2>&1) || { say "nvidia-smi failed: $gpus"; gpus=; }
     fi
     case $gpus in *GPU*) return ;; esac
-    # One node on the CPU among others on GPUs would stall them all.
+    # One node on the CPU would stall all other nodes on GPUs.
     if [ -n "${SLURM_GPUS_ON_NODE:-}" ] && [ "${DS_ACCELERATOR:-}" != cpu ]; then
-        fail "$(hostname): the job has $SLURM_GPUS_ON_NODE GPUs here and nvidia-smi shows none; mend the node, or set DS_ACCELERATOR=cpu"
+        fail "$(hostname): the job has $SLURM_GPUS_ON_NODE GPUs here and nvidia-smi shows none; fix the node, or set DS_ACCELERATOR=cpu"
     fi
     [ "${DS_ACCELERATOR:-}" = cpu ] || say "no GPU found: using the CPU"
     export DS_ACCELERATOR=cpu
-    # OpenMP threads that wait for the others sleep. By default they spin, and take the core from the thread they wait for.
+    # Waiting OpenMP threads sleep. By default they spin and take the core from the thread they wait for.
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
     command -v g++ >/dev/null || fail "g++ not found; DeepSpeed on the CPU compiles an operator (Debian: apt-get install g++)"
 }
 
 if [ -n "${LATTE_FLOW_PYTHON:-}" ]; then
-    # Before the change of folder, which would lose a relative path.
+    # Before the cd below, which would break a relative path.
     LATTE_FLOW_PYTHON=$("$LATTE_FLOW_PYTHON" -c 'import sys; print(sys.executable)') ||
-        fail "LATTE_FLOW_PYTHON: not a Python that runs; accepted: the path of one"
+        fail "LATTE_FLOW_PYTHON: not a working Python; accepted: the path of one"
 fi
 cd "$ROOT" || exit 2

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Encode images to latents under SLURM, on all GPUs of one node or many; requeues itself before the time limit and goes on.
+# Encode images to latents under SLURM, on all GPUs of one or more nodes; requeues itself before the time limit and resumes.
 #
 #   sbatch [--nodes=N] launch/encode_latents_h200.sh --source PATH --output DIR [--codec PATH] [--resolution 256] ...
 #
-# The arguments are those of tools/encode_latents.py, which goes on after any interruption without redoing or losing samples: so
-# a signal before the time limit simply puts the job back into the queue. Set-up, logs, environment variables and what to edit
-# for a cluster: launch/train_h200.sh.
+# The arguments are those of tools/encode_latents.py, which resumes after any interruption without losing samples or encoding
+# finished shards again, so a signal before the time limit simply requeues the job. For set-up, logs, environment variables and
+# what to edit for a cluster, see launch/train_h200.sh.
 #
 ##SBATCH --account=CHANGE_ME
 ##SBATCH --partition=CHANGE_ME
@@ -20,7 +20,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
-# SLURM runs a copy of this script from its spool folder, so the script's own place does not tell where the repository is.
+# SLURM runs a copy of this script from its spool folder, so the repository cannot be found from the script's path.
 root=${LATTE_FLOW_ROOT:-${SLURM_SUBMIT_DIR:-.}}
 if [ ! -f "$root/launch/slurm_common.sh" ]; then
     echo "error: $root is not the LaTtE-Flow repository; call sbatch in the repository's root, or set LATTE_FLOW_ROOT" >&2

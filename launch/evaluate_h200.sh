@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Draw the images of an evaluation under SLURM, on all GPUs of one node or many.
+# Draw the images for an evaluation under SLURM, on all GPUs of one or more nodes.
 #
 #   sbatch [--nodes=N] launch/evaluate_h200.sh CHECKPOINT OUTPUT [--num_images 50000] [--cfg_scale 5] ...
 #
 # CHECKPOINT is a training output_dir, one step's folder of it, or an exported model folder; the images and samples.jsonl go to
-# OUTPUT; further arguments are those of tools/sample.py. Default: 50000 images, the number of FID-50K, evenly over the classes.
-# It ends after sampling: there is no evaluation tool in this repository yet. Set-up, logs, environment variables and what to
-# edit for a cluster: launch/train_h200.sh.
+# OUTPUT; further arguments are those of tools/sample.py. Default: 50000 images, as for FID-50K, evenly over the classes.
+# It ends after sampling: this repository has no evaluation tool yet. For set-up, logs, environment variables and what to edit
+# for a cluster, see launch/train_h200.sh.
 #
 ##SBATCH --account=CHANGE_ME
 ##SBATCH --partition=CHANGE_ME
@@ -19,7 +19,7 @@
 #SBATCH --time=04:00:00
 #SBATCH --open-mode=append
 set -euo pipefail
-# SLURM runs a copy of this script from its spool folder, so the script's own place does not tell where the repository is.
+# SLURM runs a copy of this script from its spool folder, so the repository cannot be found from the script's path.
 root=${LATTE_FLOW_ROOT:-${SLURM_SUBMIT_DIR:-.}}
 if [ ! -f "$root/launch/slurm_common.sh" ]; then
     echo "error: $root is not the LaTtE-Flow repository; call sbatch in the repository's root, or set LATTE_FLOW_ROOT" >&2
@@ -33,8 +33,8 @@ shift 2
 use_environment
 export_settings
 
-on_signal() { :; } # no signal is asked for: a job that was interrupted starts again
+on_signal() { :; } # no signal is requested: an interrupted job starts again
 status=0
 run_on_all_ranks tools/sample.py "$checkpoint" --output "$output" --num_images 50000 "$@" || status=$?
 [ "$status" = 0 ] || fail_with_logs "$status"
-say "images: $output; not evaluated: there is no tools/evaluate.py in this repository yet"
+say "images: $output; not evaluated: this repository has no tools/evaluate.py yet"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Set up, check style and types, and run the tests: bash launch/run_tests.sh [pytest arguments].
 #
-#   bash launch/run_tests.sh                  everything
-#   bash launch/run_tests.sh -m "not slow"    what starts no processes and trains nothing
+#   bash launch/run_tests.sh                  all tests
+#   bash launch/run_tests.sh -m "not slow"    only tests that start no processes and train nothing
 #
-# The first start installs the environment (about 2 minutes). Tests that need a GPU are skipped with a reason where there is none,
-# and those that need SLURM where it is not installed; as root, LATTE_FLOW_INSTALL_SLURM=1 installs it (Debian).
-# LATTE_FLOW_TEST_PROCESSES=N runs N test files at a time (default 2; 0: all in one process, for a debugger).
+# The first start installs the environment (about 2 minutes). Tests that need a GPU are skipped with a reason if there is none,
+# and those that need SLURM if it is not installed; as root, LATTE_FLOW_INSTALL_SLURM=1 installs it (Debian).
+# LATTE_FLOW_TEST_PROCESSES=N runs N test files in parallel (default 2; 0: all in one process, for a debugger).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 setup_environment

@@ -1,10 +1,9 @@
 # shellcheck shell=bash
-# Sourced by the SLURM batch scripts, in the repository: environment, communication settings, one launcher per node, stopping and
-# requeueing.
+# Sourced by the SLURM batch scripts: environment, communication settings, one launcher per node, stopping and requeueing.
 #
-# LATTE_FLOW_LOGS=DIR        where the nodes' logs go; default: runs/slurm in the repository.
-# LATTE_FLOW_MASTER_ADDR=H   address under which the nodes reach the job's first node; default: what SLURM knows it by.
-# MASTER_PORT=N              its port; default: derived from the job's number.
+# LATTE_FLOW_LOGS=DIR        folder for the nodes' logs; default: runs/slurm in the repository.
+# LATTE_FLOW_MASTER_ADDR=H   address of the job's first node for the other nodes; default: its address in SLURM.
+# MASTER_PORT=N              its port; default: derived from the job id.
 
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [ -n "${SLURM_JOB_ID:-}" ] || fail "this script runs inside a SLURM job; start it with: sbatch launch/$(basename "$0")"
@@ -12,48 +11,48 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 # Put the project's environment on PATH; install nothing, see launch/setup.sh.
 use_environment() {
     if [ -n "${LATTE_FLOW_PYTHON:-}" ]; then
-        [ -x "$LATTE_FLOW_PYTHON" ] || fail "LATTE_FLOW_PYTHON: $LATTE_FLOW_PYTHON is no executable on $(hostname)"
+        [ -x "$LATTE_FLOW_PYTHON" ] || fail "LATTE_FLOW_PYTHON: $LATTE_FLOW_PYTHON is not an executable on $(hostname)"
         PATH="$(dirname "$LATTE_FLOW_PYTHON"):$PATH"
         export PATH PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
         return
     fi
     local venv=${LATTE_FLOW_VENV:-$ROOT/.venv}
     [ -f "$venv/latte_flow.stamp" ] ||
-        fail "$venv is not set up; run once on a login node: bash launch/setup.sh (or set LATTE_FLOW_PYTHON to a Python of yours)"
+        fail "$venv is not set up; run once on a login node: bash launch/setup.sh (or set LATTE_FLOW_PYTHON to your own Python)"
     PATH="$venv/bin:$PATH"
     export PATH
 }
 
-# Settings of all ranks. A value that the cluster or the user has set already stays.
+# Settings for all ranks. Values already set by the cluster or the user are kept.
 export_settings() {
     # Warnings name the network interface or node that failed; INFO would write megabytes on every start.
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-    # InfiniBand retries up to about 17 s instead of 1 s, so that a link that comes back does not end a job of many nodes.
+    # InfiniBand retries for up to about 17 s instead of 1 s, so that a short link failure does not end a multi-node job.
     export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
-    # A collective in which one rank failed ends the other ranks with an error after its timeout. Torch's default; said here
-    # because an older site profile may have switched it off.
+    # If one rank fails, the collective ends the other ranks with an error after its timeout. Torch's default; set explicitly
+    # because an older site profile may have disabled it.
     export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
-    # Segments that grow: the sampler's shapes during training would otherwise leave memory too fragmented for the step.
+    # Expandable segments: otherwise the sampler's shapes would fragment memory too much for the training step.
     export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
     # Tokenizers would start threads in every forked data worker and warn about it.
     export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-    # Log lines appear when they are written; a file is buffered by kilobytes otherwise.
+    # Log lines appear immediately; output to a file is otherwise buffered in kilobytes.
     export PYTHONUNBUFFERED=1
-    # OMP_NUM_THREADS depends on the node's cores: launch/slurm_node.sh.
+    # OMP_NUM_THREADS depends on the node's cores and is set in launch/slurm_node.sh.
 
     local first
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    # NodeAddr is what SLURM itself connects to; the node's name need not be known to the name service.
+    # NodeAddr is the address that SLURM itself connects to; the node's name may not be in DNS.
     MASTER_ADDR=${LATTE_FLOW_MASTER_ADDR:-$(scontrol --oneliner show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)}
-    # Two jobs that share a node must not meet at one port; below the range that the kernel hands out.
+    # Jobs that share a node must not use the same port; the range is below the kernel's ephemeral ports.
     MASTER_PORT=${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}
     export MASTER_ADDR MASTER_PORT
 }
 
-# Start one launcher per node, which runs a program on every GPU, and wait for the end of all.
+# Start one launcher per node, which runs a program on every GPU, and wait for all of them to end.
 #   run_on_all_ranks PROGRAM [ARGUMENT ...]
 # Calls on_signal when SLURM sends USR1 (#SBATCH --signal=B:USR1@SECONDS, before the time limit, or scancel --batch
-# --signal=USR1). Sets $cancelled when the job is being ended by scancel, preemption or its time limit. Returns srun's status.
+# --signal=USR1). Sets $cancelled when scancel, preemption or the time limit is ending the job. Returns srun's status.
 # shellcheck disable=SC2034 # read by the batch scripts
 cancelled=no
 run_on_all_ranks() {
@@ -62,34 +61,34 @@ run_on_all_ranks() {
     mkdir -p "$logs"
     say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), nodes: $SLURM_JOB_NODELIST; logs: $logs/node-*.log"
     # --kill-on-bad-exit: when one node fails, the others end too instead of waiting for it in a collective.
-    # --cpu-bind=none: the one task of a node starts all its ranks, which share all the node's cores.
-    # --cpus-per-task: since SLURM 22.05 srun does not take it over from sbatch.
+    # --cpu-bind=none: the single task of a node starts all its ranks, which share all cores of the node.
+    # --cpus-per-task: since SLURM 22.05 srun does not inherit it from sbatch.
     srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none \
         ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --input=none --output="$logs/node-%n.log" \
         bash "$ROOT/launch/slurm_node.sh" "$@" &
     srun_pid=$!
     trap on_signal USR1
-    # SLURM signals the ranks as well, and kills everything KillWait seconds later. This script waits for their checkpoint.
+    # SLURM also signals the ranks, and kills everything KillWait seconds later. This script waits for their checkpoint.
     trap 'cancelled=yes' TERM
-    # A trapped signal interrupts wait; only when srun is gone does its status count.
+    # A trapped signal interrupts wait; the status is only valid once srun is gone.
     while kill -0 "$srun_pid" 2>/dev/null; do wait "$srun_pid" || true; done
     wait "$srun_pid" || status=$?
     trap - USR1 TERM
     return "$status"
 }
 
-# End this script with a failed launch's status and the end of each node's log.
+# Print the end of each node's log and exit with the status of the failed launch.
 fail_with_logs() {
     say "failed with status $1; the end of each node's log:"
     tail -n 15 "$logs"/node-*.log
     exit "$1"
 }
 
-# Queue this job again under its number; it starts with the same command and resumes.
+# Requeue this job under its id; it starts with the same command and resumes.
 requeue() {
     if ! scontrol requeue "$SLURM_JOB_ID"; then
         fail "job $SLURM_JOB_ID could not be requeued (JobRequeue=0, or sbatch --no-requeue?); the same sbatch command resumes the run"
     fi
-    say "job $SLURM_JOB_ID is queued again; SLURM holds it back for cred_expire seconds (default 120)"
+    say "job $SLURM_JOB_ID is requeued; SLURM delays it for cred_expire seconds (default 120)"
     exit 0
 }

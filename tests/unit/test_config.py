@@ -385,7 +385,8 @@ class TestDifferences:
     }  # fmt: skip
     MAY_CHANGE = (
         "output_dir", "run_id", "deepspeed", "resume", "max_steps", "micro_batch_size", "tensor_parallel", "checkpoint.",
-        "health.", "logging.", "sample.", "data.num_workers", "data.allow_changed", "model.attention_backend", "vlm.context_cache",
+        "health.", "logging.", "sample.", "data.num_workers", "data.allow_changed", "model.attention_backend",
+        "vlm.context_cache",
     )  # fmt: skip
 
     @pytest.mark.parametrize("path", sorted(FIELDS), ids=".".join)
@@ -554,7 +555,10 @@ class TestDeepSpeedFile:
                 {"zero_optimization": {"stage": 2, "reduce_buket_size": 5}},
                 "DeepSpeed rejects .*: .*reduce_buket_size",
             ),
-            ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "large"}}, "rejects .* reduce_bucket_size"),
+            (
+                {"zero_optimization": {"stage": 2, "reduce_bucket_size": "large"}},
+                "DeepSpeed rejects .* reduce_bucket_size",
+            ),
             ({"zero_optimization": {"stage": 2}, "steps_per_print": []}, "steps_per_print"),
             (
                 {"zero_optimization": {"stage": 2}, "wall_clock_breakdown": 1},
