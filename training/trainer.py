@@ -382,7 +382,7 @@ class Trainer:
             self._save(before_skipped=not last)
         if (last or stopped) and not self.checkpoints.wait():
             raise UserError(
-                f"output_dir: the final checkpoint, of step {self.step}, could not be written to "
+                f"output_dir: the checkpoint of step {self.step}, the last one of this run, could not be written to "
                 f"{self.checkpoints.folder}; the same command resumes from the previous checkpoint"
             )
 
