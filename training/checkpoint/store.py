@@ -51,7 +51,7 @@ class CheckpointStore:
         keep_last: number of newest checkpoints to keep; 0 keeps all.
         keep_every: checkpoints at multiples of this step are kept as well; 0 disables this.
         asynchronous: whether training continues while files are written.
-        run_id: identifies the run; checkpoints of another run are refused.
+        run_id: identifies the run; checkpoints of another run are refused. None accepts those of any run.
 
     Attributes:
         failed_saves: number of failed saves since the start of the process.
@@ -247,7 +247,7 @@ class CheckpointStore:
                 return (
                     f"{path}: is the checkpoint of step {step}; accepted: its name, {step_name(step)}, or another place"
                 )
-            if run_id is not None and run_id != self.run_id:
+            if None not in (run_id, self.run_id) and run_id != self.run_id:
                 return (
                     f"{path}: is a checkpoint of another run ({run_id}; this one is {self.run_id}); accepted: another place for "
                     f"it, or another output_dir with --resume {path}"
