@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import os
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -32,11 +33,11 @@ def check_positive(**numbers: int | None) -> None:
             raise UserError(f"{name}: got {value}; accepted: 1 or more")
 
 
-def check_paths(**paths: str | None) -> None:
+def check_paths(**paths: str | os.PathLike | None) -> None:
     """Raise UserError for a path that is not accepted (training/configs/checked.py)."""
     for name, path in paths.items():
         try:
-            check_path(path)
+            check_path(None if path is None else os.fspath(path))
         except ValueError as error:
             raise UserError(f"{name}: got {shown(path)}; accepted: {error}") from error
 

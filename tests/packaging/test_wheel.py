@@ -67,8 +67,9 @@ def installed(wheel, tmp_path_factory) -> Installed:
     folder, outside = tmp_path_factory.mktemp("environment"), tmp_path_factory.mktemp("outside")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (site_packages,) = folder.glob("lib/python*/site-packages")
-    (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     pip(sys.executable, "--python", folder / "bin" / "python", "install", "--no-deps", "--no-index", wheel)
+    # Only now: pip would take the other environment's installation of the same version for one in this.
+    (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return Installed(folder, outside)
 
 
