@@ -75,7 +75,9 @@ def installed(wheel, tmp_path_factory) -> Installed:
 
 def pip(python: str, *arguments) -> None:
     """Run pip; its output is shown when it fails."""
-    finished = run([python, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)])
+    env = environment()
+    del env["PYTHONPATH"]  # the egg-info of an editable checkout would pass for an installation
+    finished = run([python, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)], env=env)
     assert finished.code == 0, finished.output
 
 
