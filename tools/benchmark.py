@@ -51,6 +51,7 @@ from latte_flow.training.distributed.batch_layout import BatchLayout
 from latte_flow.training.distributed.collectives import agree, is_first_rank
 from latte_flow.training.distributed.ranks import start_alone_without_launcher
 from latte_flow.training.dry_run import dry_run
+from latte_flow.training.monitor.launcher import launchers
 from latte_flow.training.monitor.progress import hide_library_bars
 from latte_flow.training.objectives.flow_matching import FlowMatchingSamples
 from latte_flow.training.trainer import Trainer
@@ -263,7 +264,7 @@ def benchmark_train(size: str, batch_size: int, steps: int) -> list[dict]:
 
 
 def _train(config: TrainingConfig, steps: int) -> dict:
-    trainer = Trainer(config)
+    trainer = Trainer(config, launchers())
     batches = iter(
         make_loader(trainer.samples, trainer.layout, first_step=0, last_step=steps, num_workers=config.data.num_workers)
     )

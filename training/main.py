@@ -12,6 +12,12 @@ With --dry_run it prints the cost of the run and exits; this needs no launcher:
 import os
 import sys
 
+from latte_flow.training.monitor.launcher import launchers
+
+# Before the imports below, which take ten seconds: a launcher that ends during them is noticed too.
+STARTED_BY = launchers()
+
+# ruff: noqa: E402
 import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -43,7 +49,7 @@ def main() -> None:
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = patience
     deepspeed.init_distributed(timeout=patience)
     hide_library_bars()
-    finished = Trainer(command.config).train()
+    finished = Trainer(command.config, STARTED_BY).train()
     # Not in a finally: after an error on one rank, NCCL would wait for ranks stuck in a collective before the traceback prints.
     dist.destroy_process_group()
     if not finished:

@@ -68,12 +68,13 @@ class Trainer:
 
     Args:
         config: the run.
+        launchers: the processes that started this rank (monitor/launcher.py); without them it stops with a checkpoint.
 
     Raises:
         UserError: when the configuration or the output_dir does not allow the run; nothing is overwritten in that case.
     """
 
-    def __init__(self, config: TrainingConfig):
+    def __init__(self, config: TrainingConfig, launchers: list[tuple[int, int]]):
         # These steps contain barriers and collectives: all ranks must run them in the same order.
         self.config = config
         self.output_dir = Path(config.output_dir)
@@ -83,19 +84,19 @@ class Trainer:
         check_output_dir(config)  # first, so that no lock file is put into a folder that is not a run
         self.lock = RunLock(self.output_dir)
         try:
-            self._build()
+            self._build(launchers)
         except UserError:
             self.lock.release()
             raise
 
-    def _build(self) -> None:
+    def _build(self, launchers: list[tuple[int, int]]) -> None:
         """Build the run, in the same order on all ranks. From here on this run has exclusive use of the output_dir."""
         config = self.config
         check_output_dir(config)
         config.run_id = agree(find_run_id(config) if self.rank == 0 else None)
         self.origin, initial = find_origin(config), find_initial_weights(config)
         dist.barrier()  # StopRequest removes a file that the checks above look at
-        self.stop = StopRequest(self.output_dir, self.device)
+        self.stop = StopRequest(self.output_dir, self.device, launchers)
         images = load_image_dataset(config.data)
         data_record = DataRecord(images, self.output_dir / DATA_FILE, allow_changed=config.data.allow_changed)
         data_record.verify()

@@ -30,7 +30,16 @@ from tests.faults.inspection import (
     resumed_from,
     step_of,
 )  # fmt: skip
-from tests.faults.launches import POLL_SECONDS, Launch, Starter, kill_group, send, wait_for_end, with_descendants
+from tests.faults.launches import (
+    POLL_SECONDS,
+    Launch,
+    Starter,
+    kill_group,
+    members,
+    send,
+    wait_for_end,
+    with_descendants,
+)
 from tests.faults.moments import ANYWHERE, DATA, LAUNCH, Watch, read_events
 from tests.faults.plan import (
     ALL_RANKS,
@@ -145,13 +154,13 @@ class Campaign:
         self.start, self.arguments, self.output = start, list(arguments), output
         self.schedule = Schedule.of(parse_config(self.arguments))
         self.reference, self.report = output / "reference", report or output / "report.jsonl"
-        self._running: Launch | None = None
+        self._launches: list[Launch] = []
         self._results: dict[Case, Result] = {}
 
     def close(self) -> None:
         """End what is still running, when the campaign itself is interrupted."""
-        if self._running:
-            kill_group(self._running)
+        for launch in self._launches:
+            kill_group(launch)
 
     @cached_property
     def pace(self) -> dict[str, float]:
@@ -240,8 +249,9 @@ class Campaign:
 
     def _launch(self, script: str, run: Path, log: Path, watch: Watch | None = None, workers: int = 0) -> Launch:
         arguments = [*self.arguments, "--data.num_workers", str(workers), "--output_dir", str(run)]
-        self._running = self.start(script, arguments, log, watch.variables() if watch else {})
-        return self._running
+        launch = self.start(script, arguments, log, watch.variables() if watch else {})
+        self._launches = [other for other in self._launches if members(other.pid)] + [launch]
+        return launch
 
     def _wait(self, launch: Launch, events: Path, happened: Callable[[list[dict]], bool]) -> bool:
         """Wait for events; return False when the launch ended before them, or hung."""
@@ -283,16 +293,27 @@ class Campaign:
         at = time.monotonic()
         _do(fault, launch, ranks, run)
         if fault.action == LAUNCHER:
-            # What a user finds: the ranks live on as orphans. Until they are ended, too, a second start of the same command
-            # fails at once, for their port is taken.
-            time.sleep(fault.orphan_seconds)
-            kill_group(launch)
-        elif not wait_for_end(launch, LIMIT):
+            self._start_beside(launch, run, events.with_suffix(".beside.log"), result)
+        if not wait_for_end(launch, LIMIT):
             result.problems.append(
                 f"after {fault.action}, {fault.moment}: processes were left that hung for {LIMIT:.0f} s"
             )
         start.seconds = time.monotonic() - at
         start.exit_code = launch.poll()
+
+    def _start_beside(self, orphans: Launch, run: Path, log: Path, result: Result) -> None:
+        """Give the same command at once, and again as long as ranks live on without their launcher: it may not train beside them.
+
+        Nobody ends the ranks. The start that outlives them is killed.
+        """
+        end = time.monotonic() + LIMIT
+        while members(orphans.pid) and time.monotonic() < end:
+            second = self._launch(PLAIN, run, log)
+            while members(orphans.pid) and second.poll() is None and time.monotonic() < end:
+                time.sleep(POLL_SECONDS)
+            if second.poll() == 0:
+                result.problems.append(f"a second start ended with 0 beside ranks without a launcher: see {log}")
+            kill_group(second)
 
     @staticmethod
     def _check_resume(start: Start, log: Path, events: Path, number: int, result: Result) -> None:

@@ -257,9 +257,10 @@ class Moments:
         rmtree = shutil.rmtree
 
         def slow(path, *args, **kwargs):
-            older = re.fullmatch(r"step_\d+", Path(path).name) and (Path(path).parent / "latest").is_file()
-            if older and self._due(REMOVAL, named_step(Path(path).parent / "latest")):
-                files = sorted(file for file in Path(path).iterdir() if file.is_file())
+            path = Path(path)
+            older = re.fullmatch(r"step_\d+", path.name) and path.is_dir() and (path.parent / "latest").is_file()
+            if older and self._due(REMOVAL, named_step(path.parent / "latest")):
+                files = sorted(file for file in path.iterdir() if file.is_file())
                 for file in files[: (len(files) + 1) // 2]:
                     file.unlink()
                 self._stay()

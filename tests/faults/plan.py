@@ -47,6 +47,8 @@ SIGNAL_CHAINS = [[pair] for pair in product((*STOPS, *LEAVES), SIGNAL_MOMENTS)]
 DAMAGES = ("cut", "flipped", "lost")
 """What a power failure or a bad disk does to a file of the newest checkpoint: cut to its half, one bit flipped, gone."""
 KILL_SECONDS = 1.0
+ORPHAN_SECONDS = 3.0
+"""Ranks that have lost their launcher notice it in the moment, and stop after its step: they do not reach the next kill's."""
 STOP_SECONDS = 2.0
 LEAVE_SECONDS = 60.0
 """How long a moment is made for each kind of fault. Nobody waits for the last: leaving ends it."""
@@ -122,7 +124,6 @@ class Fault:
         step: whose moment it is.
         rank: who is killed by ONE_RANK or signalled by USR1, and whose shard is half written; counted from 0.
         fraction: where in the moment it comes, 0 to 1.
-        orphan_seconds: for LAUNCHER, how long the ranks live on after it.
         damage: of DAMAGES, done to the newest checkpoint after the kill; empty for none.
         damaged_file: which of its files, 0 to 1 of their sorted list.
         seconds: how long the moment is made.
@@ -134,7 +135,6 @@ class Fault:
     step: int
     rank: int = 0
     fraction: float = 0.5
-    orphan_seconds: float = 0.0
     damage: str = ""
     damaged_file: float = 0.0
     seconds: float = KILL_SECONDS
@@ -166,7 +166,10 @@ def kill_cases(schedule: Schedule, *, seed: int, runs: int, kills_per_run: int =
     if not 1 <= kills_per_run <= schedule.intervals:
         raise ValueError(f"kills_per_run: got {kills_per_run}; accepted: 1 to {schedule.intervals}, a checkpoint each")
     possible = [m for m in KILL_MOMENTS if any(schedule.steps(m, i) for i in range(schedule.intervals))]
-    deck = _deal(list(product(VICTIMS, possible)), Random(f"{seed} order"))
+    pairs = list(product(VICTIMS, possible))
+    if kills_per_run > 1:  # this moment has no length: ranks without a launcher would train past the next kill's
+        pairs = [pair for pair in pairs if pair != (LAUNCHER, ANYWHERE)]
+    deck = _deal(pairs, Random(f"{seed} order"))
     waiting: list[tuple[str, str]] = []
     cases = []
     for number in range(runs):
@@ -183,20 +186,15 @@ def kill_cases(schedule: Schedule, *, seed: int, runs: int, kills_per_run: int =
                 step=step,
                 rank=random.randrange(RANKS),
                 fraction=random.random(),
-                orphan_seconds=random.uniform(0, _longest_orphans(moment, alone=kills_per_run == 1)),
                 damage=random.choice(DAMAGES) if random.random() < 0.25 else "",
                 damaged_file=random.random(),
+                seconds=ORPHAN_SECONDS if victim == LAUNCHER else KILL_SECONDS,
             )
             if moment == RESUME:
-                faults.append(replace(fault, action=ALL_RANKS, moment=STEP, damage="", orphan_seconds=0.0))
+                faults.append(replace(fault, action=ALL_RANKS, moment=STEP, damage="", seconds=KILL_SECONDS))
             faults.append(fault)
         cases.append(Case(f"kill-{number}", tuple(faults)))
     return cases
-
-
-def _longest_orphans(moment: str, *, alone: bool) -> float:
-    """Return how many seconds orphans may live: not beyond the moment, nor beyond the moment of the next kill."""
-    return (2.0 if alone else 0.0) if moment in (LAUNCH, ANYWHERE) else 0.2 * KILL_SECONDS
 
 
 def _deal(cards: list, random: Random) -> Iterator:

@@ -10,13 +10,19 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RANK = """
-import sys, threading
-from latte_flow.training.monitor.launcher import watch_launcher
-lost = threading.Event()
-watch_launcher(lost.set, every=0.05)
+import os, threading, time
+from latte_flow.training.monitor.launcher import launchers, watch_launcher
+started_by = launchers()
 print("watching", flush=True)
+{imports}
+lost = threading.Event()
+watch_launcher(lost.set, started_by, every=0.05)
 print("lost" if lost.wait(30) else "still there", flush=True)
 """
+AT_ONCE, LATE = (
+    RANK.replace("{imports}", code) for code in ("", "while os.getppid() == started_by[0][1]: time.sleep(0.01)")
+)
+"""The second is still importing when its launcher ends."""
 LAUNCH = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode)"
 RUNNER = "import subprocess, sys; subprocess.run([sys.executable, sys.argv[1], sys.argv[2]])"
 
@@ -29,8 +35,9 @@ def start(*command) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
-def test_a_launcher_that_is_killed(number):
-    launcher = start(sys.executable, "-c", LAUNCH, RANK)
+@pytest.mark.parametrize("rank", [AT_ONCE, LATE], ids=["training", "starting"])
+def test_a_launcher_that_is_killed(number, rank):
+    launcher = start(sys.executable, "-c", LAUNCH, rank)
     launcher.send_signal(number)
     assert launcher.stdout.readline() == "lost\n"
     launcher.wait()
@@ -40,7 +47,7 @@ def test_the_runner_above_deepspeeds_launcher_of_the_node(tmp_path):
     """``deepspeed`` starts deepspeed.launcher.launch, which lives on when the runner is killed."""
     launch = tmp_path / "deepspeed.launcher.launch"  # known by its command line
     launch.write_text(LAUNCH)
-    runner = start(sys.executable, "-c", RUNNER, launch, RANK)
+    runner = start(sys.executable, "-c", RUNNER, launch, AT_ONCE)
     os.kill(runner.pid, signal.SIGKILL)
     assert runner.stdout.readline() == "lost\n"
     runner.wait()

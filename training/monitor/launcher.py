@@ -38,14 +38,16 @@ def launchers() -> list[tuple[int, int]]:
     return pairs
 
 
-def watch_launcher(lost: Callable[[], None], *, every: float = LOOK_SECONDS) -> threading.Thread:
+def watch_launcher(
+    lost: Callable[[], None], pairs: list[tuple[int, int]], *, every: float = LOOK_SECONDS
+) -> threading.Thread:
     """Call ``lost`` once, from a thread, when a launcher above this rank has ended: its child then has another parent.
 
     Args:
         lost: requests the rank to stop.
+        pairs: what ``launchers`` returned when the rank started; a launcher that has ended since is noticed too.
         every: seconds between checks.
     """
-    pairs = launchers()
 
     def look() -> None:
         while all(_parent(process) == parent for process, parent in pairs):
@@ -53,6 +55,6 @@ def watch_launcher(lost: Callable[[], None], *, every: float = LOOK_SECONDS) -> 
         lost()
 
     thread = threading.Thread(target=look, name="launcher", daemon=True)
-    if all(_parent(process) == parent for process, parent in pairs):  # false where there is no /proc
+    if _parent(os.getpid()) is not None:  # None where there is no /proc
         thread.start()
     return thread

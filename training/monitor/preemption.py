@@ -39,12 +39,13 @@ class StopRequest:
     Args:
         output_dir: output_dir of the run; rank 0 checks for the stop file there and removes the marker of an earlier stop.
         device: device of the flag that is reduced over the ranks.
+        launchers: the processes that started this rank (launcher.py).
 
     Raises:
         ValueError: outside the main thread, where Python cannot install signal handlers.
     """
 
-    def __init__(self, output_dir: Path, device: torch.device):
+    def __init__(self, output_dir: Path, device: torch.device, launchers: list[tuple[int, int]]):
         self.stop_file = output_dir / STOP_FILE
         self.requeue_file = output_dir / REQUEUE_FILE
         self._is_first_rank = dist.get_rank() == 0
@@ -65,7 +66,7 @@ class StopRequest:
             signal.signal(number, lambda *_: None)  # signals appear in the pipe only if they have a Python handler
         signal.set_wakeup_fd(pipe_end, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="stop signals", daemon=True).start()
-        watch_launcher(self._launcher_lost)
+        watch_launcher(self._launcher_lost, launchers)
 
     def poll(self, *, wait: bool = False) -> bool:
         """Return whether any rank was asked to stop, the same on all ranks. Call it after every optimizer step.
