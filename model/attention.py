@@ -11,7 +11,7 @@ Two ways to compute it, equal up to rounding:
 * concatenate heads: softmax(q1 k1^T + g q0 k0^T) = softmax([q1, g q0] [k1, k0]^T), with zeros in place of k0 for context
   keys. No map is materialised, so any fused kernel can do it (``sdpa``, ``flash``).
 
-What a layer hands to the next one is a ``Residual``: the maps for ``reference``, the queries and keys that make them for the
+What a layer passes to the next one is a ``Residual``: the maps for ``reference``, the queries and keys that make them for the
 others. It is opaque to the layers.
 
 Shapes: B batch, H query heads, G key/value heads (G divides H), N image tokens, S context tokens, E head_dim.
@@ -42,9 +42,9 @@ FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Residual:
-    """What a layer's attention leaves for the next layer of its group.
+    """What a layer's attention passes to the next layer of its group.
 
-    Exactly one form is filled: ``maps`` [B, H, N, N] by ``reference``; ``query`` [B, H, N, E'] and ``key`` [B, G, N, E'] by the
+    Exactly one form is set: ``maps`` [B, H, N, N] by ``reference``; ``query`` [B, H, N, E'] and ``key`` [B, G, N, E'] by the
     backends that concatenate heads (E' grows by E a layer for ``residual_source: accumulated``).
     """
 
@@ -76,7 +76,7 @@ class AttentionSpec:
         backend: ``reference`` | ``sdpa`` | ``flash`` | ``auto``. ``auto`` takes ``reference`` up to 256 image tokens and
             wherever only it can do what is asked; above, ``flash`` when flash-attn, a CUDA device and a head_dim it can
             take are there, else ``sdpa``.
-        residual: whether layers hand maps on at all.
+        residual: whether layers pass maps to the next layer at all.
         residual_source: ``raw``, the previous layer's own map (Eq. 3 read literally), or ``accumulated``, its augmented one.
         residual_space: ``logits`` (pre-softmax maps) or ``probabilities`` (post-softmax maps, added before the product with
             the values, as Eq. 2 prints them).
@@ -145,7 +145,7 @@ def _flash_takes(query: Tensor) -> bool:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
@@ -168,7 +168,7 @@ def joint_attention(
         value: image values, [B, G, N, E].
         spec: the backend and the residual's definition.
         context: the context's keys and values; None for no context.
-        previous: what the previous layer of the group left; None for a group's first layer.
+        previous: residual of the previous layer of the group; None for a group's first layer.
         gate: g(t) of each sample and head in (-1, 1), [B, H]; given exactly when ``previous`` is.
         causal: whether image query i sees image keys up to i only (all of the context either way).
 
@@ -179,8 +179,8 @@ def joint_attention(
     assert spec.residual or previous is None, "a residual map was given to an attention that has none"
     backend = {"reference": _reference, "sdpa": _sdpa, "flash": _flash}[spec.backend]
     if spec.backend == "flash" and not _flash_takes(query):
-        _say_once(
-            f"attention_backend flash takes {FLASH_DTYPES} on CUDA; {query.dtype} on {query.device.type} goes through sdpa"
+        _warn_once(
+            f"attention_backend flash takes {FLASH_DTYPES} on CUDA; {query.dtype} on {query.device.type} uses sdpa instead"
         )
         backend = _sdpa
     output, residual = backend(query, key, value, spec, context, previous, gate, causal)

@@ -1,4 +1,4 @@
-"""LatteFlowConfig: everything that defines the network, with the paper's values (or our decided ones) as defaults."""
+"""LatteFlowConfig: everything that defines the network. Defaults are the paper's values, or ours where it is silent."""
 
 import json
 import math
@@ -34,13 +34,13 @@ class LatteFlowConfig(PretrainedConfig):
             path has its hidden size, heads and number of layers.
         variant: ``couple``, a generation layer beside every frozen VLM layer; ``blend``, generation layers that share some of
             their submodules with the VLM's, all of it trained (paper section 1).
-        shared_modules: what a Blend layer shares with the VLM's layer; any of q_proj, k_proj, v_proj, o_proj, input_layernorm,
-            post_attention_layernorm, mlp. Ignored by Couple.
+        shared_modules: the submodules a Blend layer shares with the VLM's layer; any of q_proj, k_proj, v_proj, o_proj,
+            input_layernorm, post_attention_layernorm, mlp. Ignored by Couple.
         num_groups: K, the number of timestep experts; must divide the VLM's number of layers.
         timestep_overlap: width in timesteps of the band around each inner boundary that two groups train on (Appendix B).
         timestep_boundaries: K + 1 timesteps descending from 1000 to 0; None for the paper's uniform ones.
         group_io: ``shared``, one patch embedding, time embedding and image head for all groups; ``per_group``, one each.
-        residual_attention: whether layers hand their attention maps on inside a group (section 4).
+        residual_attention: whether layers pass their attention maps to the next layer of their group (section 4).
         residual_source: ``raw`` | ``accumulated``, see model/attention.py.
         residual_space: ``logits`` | ``probabilities``, see model/attention.py.
         attention_backend: ``auto`` | ``reference`` | ``sdpa`` | ``flash``, see model/attention.py.
@@ -126,7 +126,7 @@ class LatteFlowConfig(PretrainedConfig):
             raise ValueError(f"patch_size: {self.patch_size} does not divide latent_size {tuple(self.latent_size)}")
         if self.head_dim % 4:
             raise ValueError(f"vlm_config: head_dim {self.head_dim} is not a multiple of 4, which the 2D RoPE needs")
-        # Both refuse what they cannot do. The attention is checked by its own name: ``auto`` may settle differently elsewhere.
+        # Both check their arguments. ``auto`` is kept as it is: on another machine it may resolve to another backend.
         self.timestep_experts()
         self.attention_spec()
 
@@ -196,7 +196,7 @@ def load_network_config(folder: Path) -> LatteFlowConfig:
         kind = settings.get("model_type")
         if kind != LatteFlowConfig.model_type:
             raise ValueError(f"describes a {kind} model; accepted: {LatteFlowConfig.model_type}")
-        # How attention is computed is this machine's matter.
+        # The attention backend is chosen for this machine.
         return LatteFlowConfig.from_dict(settings | {"attention_backend": "auto"})
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from error

@@ -1,7 +1,7 @@
-"""The linear flow between noise and data (paper section 2): the path, its velocity, and the two ways to name a time.
+"""The linear flow between noise and data (paper section 2): the path, its velocity, and the two time conventions.
 
-A time has two names. ``t`` in [0, 1] is the flow's own: t = 0 is noise, t = 1 is data. The timestep ``tau`` in [0, 1000]
-counts the other way, tau = 1000 (1 - t), so that tau = 1000 is pure noise as in diffusion models; the intervals of the
+There are two time variables. ``t`` in [0, 1] is the flow's own: t = 0 is noise, t = 1 is data. The timestep ``tau`` in [0, 1000]
+runs the other way, tau = 1000 (1 - t), so that tau = 1000 is pure noise as in diffusion models; the intervals of the
 timestep experts and the time embedding are written in tau.
 
 Shapes: B batch, ``...`` the shape of one sample.
@@ -32,7 +32,7 @@ def interpolate(data: Tensor, noise: Tensor, tau: Tensor) -> Tensor:
         noise: x_0 ~ N(0, I), the shape of ``data``.
         tau: timestep of each sample in [0, 1000], [B].
     """
-    # t keeps its own precision: in bf16 the last timesteps before the data would round to t = 1, another time than tau names.
+    # t keeps its own precision: in bf16 the last timesteps before the data would round to t = 1.
     t = timestep_to_time(tau).view(-1, *[1] * (data.dim() - 1))
     return (t * data + (1.0 - t) * noise).to(data.dtype)
 

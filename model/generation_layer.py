@@ -32,7 +32,7 @@ VLM_PATHS = {
     "post_attention_layernorm": "post_attention_layernorm",
     "mlp": "mlp",
 }
-"""Where the submodules that a generation layer takes from a VLM layer live in it."""
+"""Name of a generation layer's submodule -> path of its counterpart in a VLM layer."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class LayerConditioning:
 
 
 def set_initial_std(linear: nn.Linear, std: float, bias_std: float = 0.0) -> nn.Linear:
-    """Have LatteFlowModel initialise a linear's weight as N(0, std^2), its bias as N(0, bias_std^2) (its ``_init_weights``)."""
+    """Mark a linear for LatteFlowModel._init_weights: weight ~ N(0, std^2), bias ~ N(0, bias_std^2)."""
     linear.initial_std = std, bias_std  # type: ignore[assignment]  # torch types attributes as parameters or modules
     return linear
 
@@ -104,12 +104,12 @@ class GenerationLayer(nn.Module):
             self.residual_gate = set_initial_std(gate, 0.0)
 
     def share_again(self, vlm_layer: nn.Module) -> None:
-        """Take the shared submodules from the VLM's layer anew, after some of them were replaced by others."""
+        """Take the shared submodules from the VLM's layer again, after some of them were replaced."""
         for name in self._shared:
             self._shared[name] = vlm_layer.get_submodule(VLM_PATHS[name])
 
     def copy_from(self, vlm_layer: nn.Module) -> None:
-        """Copy the weights of a transformers Qwen2VLDecoderLayer into the submodules that are this layer's own.
+        """Copy the weights of a transformers Qwen2VLDecoderLayer into this layer's own submodules.
 
         Raises:
             RuntimeError: when a submodule's keys or shapes differ from this layer's.
@@ -119,7 +119,7 @@ class GenerationLayer(nn.Module):
                 self.get_submodule(name).load_state_dict(vlm_layer.get_submodule(path).state_dict())
 
     def part(self, name: str) -> nn.Module:
-        """Return a submodule by its name in VLM_PATHS, the layer's own or the one it shares."""
+        """Return a submodule by its name in VLM_PATHS, its own or the shared one."""
         return self._shared[name] if name in self._shared else self.get_submodule(name)
 
     def condition(self, time_embedding: Tensor) -> LayerConditioning:
@@ -201,7 +201,7 @@ class GenerationLayer(nn.Module):
 
 
 def _make_submodule(name: str, text_config) -> nn.Module:
-    """Make one submodule shaped as the VLM's. All linears of the generation layers that mirror the VLM's are made here."""
+    """Return a new submodule with the shape of the VLM's. All linears that mirror the VLM's are made here."""
     hidden = text_config.hidden_size
     head_dim = hidden // text_config.num_attention_heads
     if name == "mlp":

@@ -1,4 +1,4 @@
-"""Pictures: from tensors in [-1, 1] to bytes, files and grids."""
+"""Images: from tensors in [-1, 1] to bytes, PIL images and grids."""
 
 from collections.abc import Sequence
 
@@ -18,8 +18,8 @@ def make_grid(images: Sequence[np.ndarray], columns: int, *, scale: int = 1, mar
 
     Args:
         images: arrays [R, R] or [R, R, 3].
-        columns: images a row; the last row is filled with white.
-        scale: each pixel becomes a square of this side.
+        columns: images per row; the last row is padded with white.
+        scale: side of the square that each pixel becomes.
         margin: white pixels between images.
     """
     images = [np.kron(image, np.ones((scale, scale) + (1,) * (image.ndim - 2), dtype=np.uint8)) for image in images]
@@ -34,7 +34,7 @@ def make_grid(images: Sequence[np.ndarray], columns: int, *, scale: int = 1, mar
 
 
 def grid_scale(resolution: int) -> int:
-    """Return by how much to enlarge small images so that a person can see them: to about 40 pixels."""
+    """Return the factor that enlarges small images to about 40 pixels, so that a person can see them."""
     return max(1, 40 // resolution)
 
 

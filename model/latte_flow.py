@@ -2,7 +2,7 @@
 
     noisy latent --patch embedding--> image tokens --the M layers of one group--> image head --> velocity
 
-Couple holds the generation path only; the frozen VLM stays a model of its own that provides the context. Blend holds the VLM
+Couple holds the generation path only; the frozen VLM is a separate model that provides the context. Blend holds the VLM
 too (``model.vlm``), shares submodules with it and trains it. Vanilla is one group without residual attention.
 
 Shapes: B batch, C latent channels, (H, W) latent size, N image tokens, S context tokens, D hidden, E head_dim, K groups.
@@ -29,7 +29,7 @@ from latte_flow.model.position import rotary_2d
 
 
 class ImageIO(nn.Module):
-    """Patch embedding, time embedding and image head: what surrounds the layers of a group (paper section 3).
+    """Patch embedding, time embedding and image head: the input and output of a group's layers (paper section 3).
 
     The head is RMS norm, scale and shift by the time embedding, and a linear map; both of its linears start at zero, so a new
     model predicts zero velocity.
@@ -136,7 +136,7 @@ class LatteFlowModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs) -> Any:
-        """Load a model as transformers does, and refuse weights that are not exactly the network's.
+        """Load a model as transformers does, but raise an error unless the weights are exactly the network's.
 
         Args:
             pretrained_model_name_or_path: a folder with config.json and model.safetensors (or shards and their index), or a hub
@@ -290,10 +290,10 @@ class LatteFlowModel(PreTrainedModel):
         return gates
 
     def replace_linears(self, replacements: Mapping[str, nn.Module]) -> None:
-        """Put other modules into the places of linears, also where a generation layer shares the VLM's.
+        """Replace linears by other modules, also where a generation layer shares the VLM's.
 
         Args:
-            replacements: name of a submodule -> what computes the same, or a rank's part of it.
+            replacements: name of a submodule -> a module that computes the same, or a rank's part of it.
         """
         for name, module in replacements.items():
             self.set_submodule(name, module, strict=True)
@@ -309,7 +309,7 @@ class LatteFlowModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     def freeze_unreached_parameters(self) -> None:
-        """Turn off gradients of what the flow-matching loss cannot reach, so that weight decay does not erode it.
+        """Freeze the parameters that the flow-matching loss does not reach, so that weight decay does not change them.
 
         For Blend that is the vision tower, the language model's final norm and head, and the last VLM layer's parts behind its
         input norm that the generation path does not share: no generation layer reads the VLM's output. A tied head is the token

@@ -1,8 +1,8 @@
-"""Which parameters tensor-parallel ranks split among them, and how (Megatron-LM, arXiv 1909.08053, section 3).
+"""Which parameters tensor-parallel ranks split, and how (Megatron-LM, arXiv 1909.08053, section 3).
 
 In the generation layers and the VLM's decoder layers, the projections to heads and to the MLP's hidden units are cut by rows of
 the weight: each rank computes some heads and units. The projections back are cut by columns: the ranks' outputs add up.
-The gate of the residual maps has one row a head and follows its heads. All else is the same on every rank.
+The gate of the residual maps has one row per head and is split with the heads. Everything else is replicated on every rank.
 """
 
 import re
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 ROUNDING = 0.1
-"""Largest difference between ranks that hold the same, as a share of the largest number of the tensor. Moments are the roughest:
-averages of gradients that are larger than they and come in bfloat16. Parts of different tensors differ by more than 1."""
+"""Largest accepted difference between replicas, relative to the tensor's largest absolute value. Optimizer moments differ most:
+they average bfloat16 gradients that are larger than themselves. Different tensors differ by more than 1."""
 
 _LAYER = r"(?:(?:layers|vlm\.model\.language_model\.layers|model\.language_model\.layers)\.\d+\.)"
 SPLIT_BY_ROWS = (
@@ -49,13 +49,13 @@ def take_part(name: str, tensor: Tensor, rank: int, size: int) -> Tensor:
 
 
 def whole_shape(name: str, part: Sequence[int], size: int) -> torch.Size:
-    """Return the shape of a parameter of which each of ``size`` ranks holds a part of a shape."""
+    """Return the whole shape of a parameter from the shape of one rank's part; ``size`` ranks hold a part each."""
     dim = partition_dim(name)
     return torch.Size(n * (size if index == dim else 1) for index, n in enumerate(part))
 
 
 def join_parts(name: str, parts: Sequence[Tensor]) -> Tensor:
-    """Return the whole of a parameter from the parts of ranks 0, 1, ...; rank 0's of what all of them hold.
+    """Return a whole parameter from the parts of ranks 0, 1, ...; of a replicated one, rank 0's copy.
 
     Raises:
         ValueError: when parts that should be the same differ by more than rounding.
@@ -72,10 +72,10 @@ def join_parts(name: str, parts: Sequence[Tensor]) -> Tensor:
 
 
 def check_tensor_parallel(text_config, size: int) -> None:
-    """Refuse a number of tensor-parallel ranks that cannot share the layers of a language model.
+    """Check that a number of tensor-parallel ranks can split the layers of a language model.
 
     Raises:
-        ValueError: names what it does not divide, and what is accepted.
+        ValueError: if not; the message names what it does not divide, and what is accepted.
     """
     numbers = {
         name: getattr(text_config, name) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")

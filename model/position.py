@@ -1,6 +1,6 @@
 """Two-dimensional rotary position embedding of the generated image's tokens (paper Appendix A).
 
-Half of each head's dimensions turn with the token's row, half with its column. The layout follows the rotate-half
+Half of each head's dimensions rotate by the token's row, half by its column. The layout follows the rotate-half
 convention of transformers' ``apply_rotary_pos_emb`` (dimension i is paired with i + E/2), so both kinds of position, this
 one and the language model's multimodal RoPE, are applied by the same function.
 
@@ -14,11 +14,11 @@ from torch import Tensor
 def rotary_2d(height: int, width: int, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
     """Return (cos, sin), each [N, E] in float32, of the 2D rotary embedding.
 
-    Frequency j of an axis is theta^(-j / (E/4)), j = 0 .. E/4 - 1; pairs (i, i + E/2) with i < E/4 turn by the row, the
+    Frequency j of an axis is theta^(-j / (E/4)), j = 0 .. E/4 - 1; pairs (i, i + E/2) with i < E/4 rotate by the row, the
     others by the column.
 
     Raises:
-        ValueError: when head_dim is not a multiple of 4 (two axes, two dimensions a rotation).
+        ValueError: when head_dim is not a multiple of 4 (two axes, two dimensions per rotation).
     """
     if head_dim % 4:
         raise ValueError(f"head_dim: {head_dim} is not a multiple of 4, which a rotary embedding of two axes needs")

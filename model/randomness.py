@@ -1,7 +1,7 @@
 """Counter-based randomness: every draw is a pure function of (seed, purpose, index).
 
-No generator state is carried along, so what a sample draws does not depend on the rank, the world size, the batch size, the
-order of calls, or on how often a run was stopped. The generator is NumPy's Philox, a counter-based one: the seed and the
+There is no generator state, so a sample's draws do not depend on the rank, the world size, the batch size, the
+order of calls, or how often a run was resumed. The generator is NumPy's Philox, a counter-based one: the seed and the
 purpose are its key, the sample's index its counter (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
 """
 

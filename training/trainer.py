@@ -291,7 +291,7 @@ class Trainer:
         Raises:
             UserError: in that case.
         """
-        count = self.health.skipped_in_a_row
+        count = self.health.consecutive_skips
         if count < self.config.health.max_skipped_steps:
             return
         before = self.step - count
@@ -379,7 +379,7 @@ class Trainer:
         While steps are being skipped no periodic checkpoint is saved: the newest one stays that of the state before them.
         """
         last = self.step == self.config.max_steps
-        if last or stopped or (self.step % self.config.checkpoint.every == 0 and not self.health.skipped_in_a_row):
+        if last or stopped or (self.step % self.config.checkpoint.every == 0 and not self.health.consecutive_skips):
             self._save(before_skipped=not last)
         if (last or stopped) and not self.checkpoints.wait():
             raise UserError(
@@ -394,7 +394,7 @@ class Trainer:
             before_skipped: if the newest steps were skipped, save the state before them, so that resuming retries them.
         """
         self._enter("checkpoint")
-        count = self.health.skipped_in_a_row if before_skipped else 0
+        count = self.health.consecutive_skips if before_skipped else 0
         step = self.step - count
         if step == 0:
             return

@@ -72,7 +72,7 @@ def test_a_row_of_skipped_steps_can_be_forgotten():
     before = health.state_dict()
     for step in (4, 5):
         assert health.step_skipped(step, torch.ones(4), indices)["nonfinite_loss"] == []
-    assert health.skipped_in_a_row == 2
+    assert health.consecutive_skips == 2
     assert health.state_dict(forget_skipped=2) == before
     assert [entry["step"] for entry in health.report()["skipped"]] == [2, 4, 5]
     assert health.state_dict(forget_skipped=2)["skipped_in_a_row"] == 0

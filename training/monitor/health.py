@@ -27,14 +27,14 @@ class StepHealth:
         group: the data-parallel group of this rank; None for all ranks.
 
     Attributes:
-        skipped_in_a_row: number of consecutive skipped steps up to now.
+        consecutive_skips: number of consecutive skipped steps up to now.
     """
 
     def __init__(self, config: HealthConfig, global_batch_size: int, group: dist.ProcessGroup | None = None):
         self.config = config
         self.global_batch_size = global_batch_size
         self.group = group
-        self.skipped_in_a_row = 0
+        self.consecutive_skips = 0
         self._skipped: list[dict] = []  # since the last report
         # (step, this rank's [sum, count] of losses), not yet summed over ranks
         self._sums: list[tuple[int, Tensor]] = []
@@ -43,7 +43,7 @@ class StepHealth:
 
     def step_done(self, step: int, losses: Tensor) -> None:
         """Record a step (counted from 1) that updated the weights, with the losses [rows] of this rank's samples."""
-        self.skipped_in_a_row = 0
+        self.consecutive_skips = 0
         values = losses.detach().double()
         self._sums.append((step, torch.stack([values.sum(), torch.ones_like(values).sum()])))
 
@@ -55,7 +55,7 @@ class StepHealth:
             losses: losses of this rank's samples [rows].
             sample_indices: their global indices [rows].
         """
-        self.skipped_in_a_row += 1
+        self.consecutive_skips += 1
         mine = sorted(set(sample_indices[~torch.isfinite(losses)].tolist()))
         parts = gather(mine, self.group)
         entry = {
@@ -96,7 +96,7 @@ class StepHealth:
         self._add_over_ranks()
         kept = max(len(self._skipped) - forget_skipped, 0)  # some may have been reported already
         return {
-            "skipped_in_a_row": self.skipped_in_a_row - forget_skipped,
+            "skipped_in_a_row": self.consecutive_skips - forget_skipped,
             "skipped": self._skipped[:kept],
             "losses": list(self._losses),
             "history": list(self._history),
@@ -104,7 +104,7 @@ class StepHealth:
 
     def load_state_dict(self, state: dict) -> None:
         """Restore the state returned by ``state_dict``."""
-        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.consecutive_skips = state["skipped_in_a_row"]
         self._skipped = list(state["skipped"])
         self._losses = [(step, loss) for step, loss in state["losses"]]
         self._history = deque(state["history"], maxlen=self.config.spike_window)
