@@ -111,15 +111,7 @@ def train(*arguments: str, ranks: int = 1, threads: int = 1, **options) -> Finis
 SERVER = multiprocessing.get_context("forkserver")
 """Starts processes that have imported the command lines already. Its server starts with the first of them, in the environment
 and the working directory of that moment (server_environment)."""
-SERVER.set_forkserver_preload(
-    [
-        "latte_flow.training.main",
-        "latte_flow.training.distributed.tensor_parallel",
-        "latte_flow.tools.sample",
-        "latte_flow.tools.encode_latents",
-        "latte_flow.tools.benchmark",
-    ]
-)
+SERVER.set_forkserver_preload(["tests.integration.preload"])
 
 
 @contextmanager
