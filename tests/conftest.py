@@ -13,8 +13,9 @@ settings.register_profile("reproducible", derandomize=True, deadline=None, datab
 settings.load_profile("reproducible")
 
 
-LONGEST = ("test_digits_quality.py", "faults", "slurm", "integration")
-"""Files or folders that launch/run_tests.sh starts first, so that no process is left with one of them at the end."""
+LONGEST = ("test_digits_quality.py", "test_train.py", "faults", "packaging", "integration", "test_docs_train.py")
+"""Files or folders that launch/run_tests.sh starts first, so that no process is left with one of them at the end. The two files
+of tests/slurm lie apart: only one at a time may use the machine's SLURM."""
 
 SLOW_FOLDERS = {"integration", "slurm", "faults", "golden", "gpu", "packaging"}
 """Their tests start processes or train; unit tests that take seconds carry the mark themselves."""

@@ -1,7 +1,6 @@
 """Runs shared by the integration tests: each is started once a session, when the first test asks for it."""
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +60,6 @@ class CommandLines:
         zero: str = "zero2",
         output_dir: Path | None = None,
         launcher: bool = False,
-        kill_when: Callable[[], bool] | None = None,
         hooks: tuple[str, ...] = (),
         variables: dict[str, str] | None = None,
         code: int | None = 0,
@@ -73,8 +71,7 @@ class CommandLines:
             ranks: number of processes.
             zero: name of a file of ds_configs/.
             output_dir: None for a new one.
-            launcher: whether the real deepspeed launcher starts it; hooks need it off, ``kill_when`` (launching.run) on.
-            kill_when: see launching.run.
+            launcher: whether the real deepspeed launcher starts it; then there are no hooks.
             hooks: of tests/integration/hooks.py.
             variables: environment variables, for the hooks.
             code: the expected exit code; None for any.
@@ -84,7 +81,7 @@ class CommandLines:
         output_dir = output_dir or folder / "run"
         command = self.training(output_dir, fields, zero)
         if launcher:
-            finished = train(*command, ranks=ranks, kill_when=kill_when)
+            finished = train(*command, ranks=ranks)
         else:
             variables = {"HOOK_DIR": str(folder)} | (variables or {})
             started = start_ranks(

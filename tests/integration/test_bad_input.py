@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from tests.integration.launching import ROOT, environment, free_port, run, train
+from tests.integration.launching import ROOT, environment, free_port, run
 
 
 def assert_refused(finished, *words: str) -> None:
@@ -46,12 +46,6 @@ def test_an_unknown_field_in_a_file_under_the_launcher(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_groups_that_do_not_divide_the_layers_under_the_launcher(tmp_path):
-    finished = train("--output_dir", str(tmp_path / "run"), "--model.num_groups", "3")
-    assert_refused(finished, "num_groups", "3", "1, 2, 4, 8")
-    assert not (tmp_path / "run").exists()
-
-
 # One process
 
 
@@ -59,6 +53,7 @@ def test_groups_that_do_not_divide_the_layers_under_the_launcher(tmp_path):
     ("arguments", "words"),
     [
         pytest.param(["--optimizer.learning_rate", "1"], ["optimizer.learning_rate"], id="unknown-field"),
+        pytest.param(["--model.num_groups", "3"], ["num_groups", "3", "1, 2, 4, 8"], id="groups"),
         pytest.param(["--max_steps", "many"], ["max_steps", "int"], id="wrong-type"),
         pytest.param(["--max_steps", "0"], ["max_steps", "0", "greater than 0"], id="out-of-range"),
         pytest.param(["--data.prompt_template", "a digit"], ["data.prompt_template", "{}"], id="template"),

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import time
 
 import pytest
 import torch
@@ -41,13 +43,16 @@ def test_a_run_that_died_between_two_logged_steps_continues_with_the_same_bits(c
 
 
 def test_a_launch_killed_at_any_moment_continues_with_the_same_bits(command, logged_every_third, tmp_path):
-    """The launcher and its ranks are killed once the checkpoint of step 4 is there: in a step, a log, a grid or a save."""
+    """All ranks are killed once the checkpoint of step 4 is there: in a step, a log, a grid or a save."""
     output_dir = tmp_path / "run"
     manifest = output_dir / "checkpoints" / "step_0000004" / "manifest.json"
-    killed = command.train(
-        ranks=2, logging__every=3, output_dir=output_dir, launcher=True, kill_when=manifest.exists, code=None
-    )
-    assert killed.finished.code == -9, killed.finished.output
+    launch = command.start(output_dir, ranks=2, logging__every=3)
+    while not manifest.exists():
+        assert all(process.is_alive() for process in launch.processes), launch.log.read_text()
+        time.sleep(0.001)
+    for process in launch.processes:
+        process.kill()
+    assert launch.wait().code == -signal.SIGKILL
     resumed = command.train(ranks=2, logging__every=3, output_dir=output_dir)
     assert f"resumed from {manifest.parent}" in resumed.finished.output
     assert_same_metrics(resumed, logged_every_third)

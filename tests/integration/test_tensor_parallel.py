@@ -24,7 +24,7 @@ from tests.integration.launching import SERVER, column, metrics
 from tests.integration.launching import run as run_program
 from tests.integration.test_training import assert_losses_and_norms_agree, assert_weights_equal
 
-STEPS = 20
+STEPS = 10
 WITHOUT_GRIDS = {"sample__every": 0, "max_steps": STEPS, "checkpoint__every": STEPS}
 
 
@@ -191,7 +191,7 @@ def test_tensor_parallel_may_change_at_every_restart(command, tmp_path, variant)
     assert_states_agree(run, reference, 6, rtol=1e-3, share=1e-3)
 
 
-@pytest.mark.parametrize(("before", "after"), [((2, 2), (1, 1)), ((1, 1), (2, 2)), ((4, 2), (2, 2)), ((2, 1), (4, 2))])
+@pytest.mark.parametrize(("before", "after"), [((2, 2), (1, 1)), ((2, 1), (4, 2))])
 def test_a_mean_loss_counts_every_sample_once_over_a_change(command, before, after):
     """Killed before a report, resumed with (ranks, tensor_parallel): the report is of all steps since the one before."""
     fields = {"sample__every": 0, "checkpoint__every": 1, "logging__every": 3, "max_steps": 3}

@@ -7,7 +7,7 @@ import time
 
 from latte_flow.training.checkpoint.manifest import list_checkpoints, read_manifest
 from latte_flow.training.run_lock import LOCK_FILE
-from tests.integration.launching import ROOT, column, environment, free_port, train
+from tests.integration.launching import ROOT, column, environment, free_port
 
 LONG = {"max_steps": 150, "checkpoint.every": 25, "sample.every": 0}
 """Long enough to be killed in the middle."""
@@ -51,7 +51,8 @@ def test_the_runner_alone_is_killed_and_the_same_command_started_at_once(command
 
     Whatever ends a launcher looks the same to its ranks (tests/unit/test_launcher.py has the other signals).
     """
-    uninterrupted = command.train(ranks=2, **{name.replace(".", "__"): value for name, value in LONG.items()})
+    fields = {name.replace(".", "__"): value for name, value in LONG.items()}
+    uninterrupted = command.train(ranks=2, **fields)
     output = tmp_path / "run"
     arguments = command.training(output, LONG)
     launch = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "training/main.py", *arguments]
@@ -65,11 +66,11 @@ def test_the_runner_alone_is_killed_and_the_same_command_started_at_once(command
         time.sleep(0.05)
     runner.send_signal(signal.SIGKILL)
     runner.wait()
-    again = [train(*arguments, ranks=2)]
+    again = [command.train(output_dir=output, ranks=2, code=None, **fields).finished]
     while again[-1].code != 0:
         assert f"error: output_dir: {output} is in use by process " in again[-1].output
         assert len(again) < 10
-        again.append(train(*arguments, ranks=2))
+        again.append(command.train(output_dir=output, ranks=2, code=None, **fields).finished)
     assert "the launcher of this rank has ended: stopping after this step" in log.read_text()
     assert "resumed from" in again[-1].output
     assert column(output, "step") == column(uninterrupted.output_dir, "step")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from latte_flow.training.monitor.preemption import REQUEUE_FILE, STOP_FILE
+from tests.integration.launching import server_environment, start_ranks
 
 STEPS = 60
 SMALL = ("--global_batch_size", "32", "--max_steps", str(STEPS), "--logging.every", "1", "--sample.every", "0")
@@ -34,11 +35,12 @@ def everything_logged(folder: Path) -> str:
 
 
 @pytest.fixture
-def reference(cluster, submit, tmp_path) -> dict[int, float]:
-    """The losses of a run over two nodes that nothing interrupts."""
-    job = submit("train_h200.sh", "training/configs/digits.yaml", *SMALL, "--output_dir", str(tmp_path / "reference"))
-    assert cluster.wait_for_end(job, TIMEOUT) == "COMPLETED", everything_logged(tmp_path)
-    assert len(list(tmp_path.glob("logs/*/restart-0/node-?.log"))) == 2
+def reference(tmp_path) -> dict[int, float]:
+    """The losses of two ranks without SLURM that nothing interrupts."""
+    with server_environment():
+        arguments = ["--config", "training/configs/digits.yaml", *SMALL, "--output_dir", str(tmp_path / "reference")]
+        finished = start_ranks("training/main.py", arguments, tmp_path / "reference.log", ranks=2).wait()
+    assert finished.code == 0, finished.output
     return losses(tmp_path / "reference")
 
 
@@ -57,6 +59,7 @@ def test_signalled_run_requeues_itself_and_continues_as_if_nothing_had_happened(
     assert cluster.wait_for_end(job, TIMEOUT) == "COMPLETED", everything_logged(tmp_path)
     assert cluster.job(job)["Restarts"] == "2"
     assert sorted(path.name for path in (tmp_path / "logs" / job).iterdir()) == ["restart-0", "restart-1", "restart-2"]
+    assert len(list(tmp_path.glob("logs/*/restart-0/node-?.log"))) == 2
     assert list(reference) == list(range(1, STEPS + 1))
     assert losses(run) == reference
     assert not (run / STOP_FILE).exists()
