@@ -136,7 +136,7 @@ def build_meta_components(config: TrainingConfig) -> MetaComponents:
                 vlm_config, prompt_ids = read_vlm_config(_configuration_source(config.vlm.path)), None
         codec = _build_codec(config, image_channels, meta=True)
         with torch.device("meta"):
-            vlm = AutoModelForImageTextToText.from_config(vlm_config)
+            vlm = AutoModelForImageTextToText.from_config(vlm_config, trust_remote_code=False)
         model_config = _make_model_config(config, vlm_config, codec)
     return MetaComponents(vlm.requires_grad_(False), codec, model_config, prompt_ids)
 

@@ -68,7 +68,7 @@ def load_understanding_path(
     part = _VlmPart(source)
     if dtype is None:
         dtype = max((info.dtype for info in part.tensors.values()), key=lambda d: d.itemsize)
-    vlm = AutoModelForImageTextToText.from_config(config.vlm_config, dtype=dtype)
+    vlm = AutoModelForImageTextToText.from_config(config.vlm_config, dtype=dtype, trust_remote_code=False)
     load_weights(vlm, part)
     return vlm
 
