@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -24,6 +23,8 @@ from transformers import (
 )
 from transformers import Qwen2VLForConditionalGeneration as Qwen2VL
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+
+from latte_flow.model.files import ACCEPTED, cached_snapshot, check_config, locate
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 
@@ -129,14 +130,15 @@ def read_vlm_config(path: str | Path) -> PretrainedConfig:
     """Read the configuration of a VLM from a folder or a hub id.
 
     Raises:
-        ValueError: when the path is a folder without config.json, or holds another kind of model.
+        ValueError: when the path is neither, a folder without config.json, holds another kind of model, or see
+            ``model.files.locate`` and ``check_config``.
     """
+    path = locate(path)
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"path: {path} has no config.json; accepted: a folder written by save_pretrained, or a hub id")
-    if Path(path).is_absolute() and not Path(path).exists():  # transformers would ask the hub for it
-        raise ValueError(f"path: {path} not found; accepted: a folder written by save_pretrained, or a hub id")
+        raise ValueError(f"path: {path} has no config.json; accepted: {ACCEPTED}")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        check_config(config)
     except (OSError, ValueError) as error:  # ValueError: a model_type that transformers does not know
         raise ValueError(f"path: cannot load {path}: {error}") from error
     if config.model_type not in MODEL_TYPES:
@@ -162,7 +164,7 @@ def load_vlm(
         (vlm in eval mode, tokenizer).
 
     Raises:
-        ValueError: when the path is a folder without config.json, holds another kind of model, or another VLM than expected.
+        ValueError: when ``read_vlm_config`` refuses the path, or it is another VLM than expected.
     """
     read_vlm_config(path)  # refuses what is no VLM, before any weights are read
     try:
@@ -182,11 +184,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         ValueError: if it comes with code of its own, which is never executed. Without an explicit answer transformers asks at the
             terminal.
     """
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(locate(path), trust_remote_code=False)
 
 
 def load_image_processor(path: str | Path):
     """Load what turns pictures into the VLM's input, from the VLM's folder or hub id; None for a folder that holds none."""
+    path = locate(path)
     if Path(path).is_dir() and not (Path(path) / "preprocessor_config.json").is_file():
         return None
     return AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
@@ -206,8 +209,15 @@ def build_tiny_image_processor(config: Qwen2VLConfig) -> Qwen2VLImageProcessorPi
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """Return the folder of a loaded checkpoint: the path itself, or where the hub's files lie in the local cache."""
-    return Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path), local_files_only=True))
+    """Return the folder of a loaded checkpoint: the path itself, or where the hub's files lie in the local cache.
+
+    Raises:
+        ValueError: when a hub id is not in the local cache.
+    """
+    folder = Path(path) if Path(path).is_dir() else cached_snapshot(str(path))
+    if folder is None:
+        raise ValueError(f"path: {path} is not in the hub's local cache")
+    return folder
 
 
 def fingerprint(folder: str | Path) -> str:

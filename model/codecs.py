@@ -16,6 +16,8 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
+from latte_flow.model.files import locate
+
 CODECS = ("pixel", "dc-ae")
 SCALING_TOLERANCE = 1e-4
 
@@ -278,8 +280,9 @@ def _read_settings(path: str | Path) -> dict:
     """Return the configuration of an AutoencoderDC.
 
     Raises:
-        ValueError: when there is none, or it is of another model.
+        ValueError: when there is none, it is of another model, or see ``model.files.locate``.
     """
+    path = locate(path)
     try:
         settings = AutoencoderDC.load_config(path)
     except OSError as error:

@@ -9,6 +9,7 @@ from typing import Literal
 from transformers import AutoConfig, PretrainedConfig
 
 from latte_flow.model.attention import AttentionSpec
+from latte_flow.model.files import check_config, without_local_paths
 from latte_flow.model.timestep_experts import TimestepExperts
 
 VARIANTS = ("couple", "blend")
@@ -111,6 +112,8 @@ class LatteFlowConfig(PretrainedConfig):
 
     def check(self) -> None:
         """Raise ValueError when the fields contradict each other or a value is not accepted."""
+        for config in (self, self.vlm_config):
+            check_config(config)
         _check_choice("variant", self.variant, VARIANTS)
         _check_choice("group_io", self.group_io, GROUP_IO)
         _check_choice("context_projection", self.context_projection, CONTEXT_PROJECTIONS)
@@ -129,6 +132,10 @@ class LatteFlowConfig(PretrainedConfig):
         # Both check their arguments. ``auto`` is kept as it is: on another machine it may resolve to another backend.
         self.timestep_experts()
         self.attention_spec()
+
+    def to_dict(self) -> dict:
+        """Return what is saved, without the local folder that the VLM was loaded from."""
+        return without_local_paths(super().to_dict())
 
     @property
     def text_config(self):

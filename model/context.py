@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latte_flow.model.attention import ContextKeyValues
+from latte_flow.model.settings import MAX_CHARACTERS
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def tokenize_prompts(tokenizer, prompts: Sequence[str]) -> dict[str, Tensor]:
         input_ids [P, S] and attention_mask [P, S], int64.
 
     Raises:
-        ValueError: when no prompt is given, or the tokenizer has no chat template.
+        ValueError: when no prompt is given, the tokenizer has no chat template, or a prompt is too long in its chat format.
     """
     if not prompts:
         raise ValueError("prompts: got none; at least one prompt is needed")
@@ -132,6 +133,11 @@ def tokenize_prompts(tokenizer, prompts: Sequence[str]) -> dict[str, Tensor]:
         tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
         for prompt in prompts
     ]
+    longest = max(map(len, texts))
+    if longest > MAX_CHARACTERS:  # a chat template is a program: its output may be much longer than the prompt
+        raise ValueError(
+            f"prompts: {longest} characters in the tokenizer's chat format; accepted: up to {MAX_CHARACTERS}"
+        )
     encoded = tokenizer(texts, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 

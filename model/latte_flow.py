@@ -24,6 +24,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm, Qwen2
 from latte_flow.model.attention import ContextKeyValues, Residual
 from latte_flow.model.configuration import LatteFlowConfig, load_network_config
 from latte_flow.model.context import Context, as_key_values, encode_context, select_prompts
+from latte_flow.model.files import locate
 from latte_flow.model.generation_layer import GenerationLayer, set_initial_std
 from latte_flow.model.position import rotary_2d
 
@@ -93,7 +94,9 @@ class LatteFlowModel(PreTrainedModel):
         vlm_layers = [None] * config.num_hidden_layers
         if config.variant == "blend":
             # In the type that the whole model is built in; its configuration may remember the one that it came in.
-            self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config, dtype=torch.get_default_dtype())
+            # trust_remote_code: without an answer transformers may ask at the terminal.
+            dtype = torch.get_default_dtype()
+            self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config, dtype=dtype, trust_remote_code=False)
             vlm_layers = self.vlm.model.language_model.layers
         self.image_io = nn.ModuleList(
             [ImageIO(config) for _ in range(config.num_groups if config.group_io == "per_group" else 1)]
@@ -147,11 +150,13 @@ class LatteFlowModel(PreTrainedModel):
                 would take the first weight's and round the others to it.
 
         Raises:
-            ValueError: when weights are missing, unknown or of another shape; the message names the first few.
+            ValueError: when weights are missing, unknown or of another shape (the message names the first few), or see
+                ``model.files.locate``.
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *args, config=config, **kwargs)
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        locate(folder if folder.is_dir() else pretrained_model_name_or_path)
         if folder.is_dir():
             config = load_network_config(folder) if config is None else config
             kwargs["dtype"] = kwargs.get("dtype") or kwargs.pop("torch_dtype", None) or _widest_dtype(folder)

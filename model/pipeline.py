@@ -1,5 +1,8 @@
 """LatteFlowPipeline: prompts to pictures, pictures and questions to answers, as a pipeline of diffusers."""
 
+import json
+import reprlib
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -12,15 +15,25 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokenizerBase
 
-from latte_flow.model.backbone import load_vlm
+from latte_flow.model.backbone import load_vlm, read_vlm_config
 from latte_flow.model.codecs import LatentCodec
 from latte_flow.model.context import Context, encode_context, tokenize_prompts, truncate_prompts
+from latte_flow.model.files import copy_settings, locate
 from latte_flow.model.images import to_uint8
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.sampling import image_seeds, initial_noise, sample_latents
+from latte_flow.model.settings import MAX_CHARACTERS, PromptSettings, locate_saved, portable_path, read_settings
 
+COMPONENTS: dict[str, type] = {
+    "model": LatteFlowModel,
+    "tokenizer": PreTrainedTokenizerBase,
+    "codec": LatentCodec,
+    "vlm": PreTrainedModel,
+    "image_processor": ImageProcessingMixin,
+}
+"""Folder of a saved pipeline -> base class of what is loaded from it."""
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -46,15 +59,10 @@ class LatteFlowPipeline(DiffusionPipeline):
         codec: from latents to images.
         vlm: the VLM that a Couple model reads prompts with; None for a Blend, which holds its own.
         image_processor: the VLM's, for questions about pictures; None where the VLM came without one.
-        prompt_template: the user message; {} stands for the class name or the caption.
-        null_prompt: the user message of the null condition.
-        max_prompt_tokens: longer user messages lose their end; None keeps all.
-        class_names: names of the classes, or None for free prompts.
-        vlm_path: folder or hub id of a VLM that is not saved with the pipeline.
-        vlm_fingerprint: of the files at ``vlm_path``; see model.backbone.fingerprint.
+        prompt_template and all that follow: see model.settings.PromptSettings.
 
     Raises:
-        ValueError: when a Blend is given a VLM beside its own.
+        ValueError: when a Blend is given a VLM beside its own, or a setting is not accepted.
     """
 
     model_cpu_offload_seq = "vlm->model->codec"
@@ -78,17 +86,21 @@ class LatteFlowPipeline(DiffusionPipeline):
         if vlm is not None and model.config.variant == "blend":
             raise ValueError("vlm: given; accepted: None, for a Blend model holds its own")
         self.register_modules(model=model, tokenizer=tokenizer, codec=codec, vlm=vlm, image_processor=image_processor)
-        self.register_to_config(
-            prompt_template=prompt_template,
-            null_prompt=null_prompt,
-            max_prompt_tokens=max_prompt_tokens,
-            class_names=class_names,
-            vlm_path=vlm_path,
-            vlm_fingerprint=vlm_fingerprint,
-        )
+        settings = {
+            "prompt_template": prompt_template,
+            "null_prompt": null_prompt,
+            "max_prompt_tokens": max_prompt_tokens,
+            "class_names": class_names,
+            "vlm_path": vlm_path,
+            "vlm_fingerprint": vlm_fingerprint,
+        }
+        read_settings(PromptSettings, settings)
+        self.register_to_config(**settings)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """Save as diffusers does: model_index.json and a folder a component; a VLM that has a path of its own by reference.
+
+        No absolute path is written: ``vlm_path`` becomes a hub id, or ``../NAME``, a folder beside the saved one.
 
         Raises:
             ValueError: when the folder holds something that is no saved pipeline, whose files would be mixed with these.
@@ -96,13 +108,17 @@ class LatteFlowPipeline(DiffusionPipeline):
         folder = Path(save_directory)
         if folder.is_dir() and any(folder.iterdir()) and not (folder / self.config_name).is_file():
             raise ValueError(f"{folder}: holds something else than a saved pipeline; accepted: a new or empty folder")
-        vlm = self.vlm
-        if self.config.vlm_path is not None:
+        vlm, path = self.vlm, self.config.vlm_path
+        if path is not None:
             self.register_modules(vlm=None)
+            self.register_to_config(vlm_path=portable_path(path))
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.register_modules(vlm=vlm)
+            self.register_to_config(vlm_path=path)
+        for file in (folder / self.config_name, *folder.glob("*/*config.json")):
+            copy_settings(file, file)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "LatteFlowPipeline":
@@ -114,20 +130,29 @@ class LatteFlowPipeline(DiffusionPipeline):
 
         Raises:
             FileNotFoundError: when there is no model_index.json.
-            ValueError: when weights are not of the network, or the VLM at ``vlm_path`` is not the one that it was trained with.
+            ValueError: when model_index.json names a class or a setting that is not a pipeline's, a file leads out of the folder,
+                weights are not of the network, or the VLM at ``vlm_path`` is missing or not the one that it was trained with.
         """
         folder = Path(pretrained_model_name_or_path)
-        if not (folder / cls.config_name).is_file():
+        index = folder / cls.config_name
+        if not index.is_file():
             raise FileNotFoundError(
-                f"{folder / cls.config_name} not found; accepted: a folder of save_pretrained; "
+                f"{index} not found; accepted: a folder of save_pretrained; "
                 "latte_flow.load_pipeline opens runs and converted checkpoints"
             )
+        try:
+            _check_index(json.loads(index.read_text(encoding="utf-8")))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{index}: damaged ({error})") from error
+        _check_components(folder)
         pipeline = super().from_pretrained(str(folder), **kwargs)
         path = pipeline.config.vlm_path
         if path is not None and pipeline.model.config.variant == "couple" and "vlm" not in kwargs:
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
             if isinstance(dtype, dict):
                 dtype = dtype.get("vlm", dtype.get("default"))
+            if "vlm_path" not in kwargs:
+                path = locate_saved(path, folder, "vlm_path, or vlm")
             expected = pipeline.config.vlm_fingerprint
             vlm, _ = load_vlm(path, dtype or torch.float32, folder / "tokenizer", expected_fingerprint=expected)
             pipeline.register_modules(vlm=vlm)
@@ -182,7 +207,10 @@ class LatteFlowPipeline(DiffusionPipeline):
                     accepted = "none, this model takes prompts" if names is None else f"0 to {len(names) - 1}"
                     raise ValueError(f"classes: {prompt} is no class of this model; accepted: {accepted}")
                 prompt = names[prompt]
-            result.append(self.config.prompt_template.format(prompt))
+            message = self.config.prompt_template.format(prompt)
+            if len(message) > MAX_CHARACTERS:
+                raise ValueError(f"prompt: got {len(message)} characters; accepted: up to {MAX_CHARACTERS}")
+            result.append(message)
         return truncate_prompts(self.tokenizer, result, self.config.max_prompt_tokens)
 
     def __call__(
@@ -339,3 +367,30 @@ class LatteFlowPipeline(DiffusionPipeline):
         output = vlm.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         self.maybe_free_model_hooks()
         return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _check_index(content: Any) -> None:
+    """Refuse a model_index.json that does not describe a LatteFlowPipeline: diffusers imports every module that one names."""
+    if not isinstance(content, dict) or content.get("_class_name") != LatteFlowPipeline.__name__:
+        raise ValueError(f"_class_name: accepted: {LatteFlowPipeline.__name__}")
+    settings = {name: value for name, value in content.items() if not name.startswith("_")}
+    for name, base in COMPONENTS.items():
+        entry = settings.pop(name, None)
+        if entry == [None, None] and name in LatteFlowPipeline._optional_components:
+            continue
+        library, kind = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        # Looked up, not imported: a class of an extension is known once the extension is imported.
+        found = getattr(sys.modules.get(str(library)), str(kind), None)
+        if not isinstance(found, type) or not issubclass(found, base):
+            raise ValueError(f"{name}: got {reprlib.repr(entry)}; accepted: the module and name of a {base.__name__}")
+    read_settings(PromptSettings, settings)
+
+
+def _check_components(folder: Path) -> None:
+    """Refuse a saved pipeline with code, which diffusers prefers to a library's class of that name, or see ``locate``."""
+    for code in (*folder.glob("*.py"), *folder.glob("*/*.py")):
+        raise ValueError(f"{code}: code is not loaded; accepted: a folder of save_pretrained, without it")
+    for component in (name for name in COMPONENTS if (folder / name).is_dir()):
+        locate(folder / component)
+    if (folder / "vlm").is_dir():
+        read_vlm_config(folder / "vlm")

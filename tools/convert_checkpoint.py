@@ -17,7 +17,7 @@ import sys
 from typing import Literal
 
 from latte_flow.tools.command_line import run_function
-from latte_flow.tools.conversion.convert import DTYPES, FORMATS, convert
+from latte_flow.tools.conversion.convert import DTYPES, FORMATS, UNDERSTANDING_FORMATS, convert
 from latte_flow.tools.conversion.inspection import inspect as describe
 from latte_flow.training.checkpoint.formats.source import EMA, MODEL
 from latte_flow.training.checkpoint.manifest import step_name
@@ -49,6 +49,7 @@ def convert_checkpoint(
     step: int | None = None,
     tag: str | None = None,
     model_folder: str | None = None,
+    vlm_path: str | None = None,
     verify: bool = False,
     force: bool = False,
 ) -> None:
@@ -67,6 +68,7 @@ def convert_checkpoint(
         step: step of a training output_dir; default: the newest
         tag: checkpoint folder, such as step_0005000, of a training output_dir or a DeepSpeed folder
         model_folder: folder with config.json, if not beside the weights
+        vlm_path: for qwen2-vl and megatron-gpt: folder or hub id of a Couple model's VLM; default: as recorded
         verify: read the output back and compare it bit for bit
         force: replace an OUTPUT written by an earlier conversion
 
@@ -85,6 +87,8 @@ def convert_checkpoint(
         raise UserError("--tensors goes with --inspect")
     if max_shard_size is not None and to not in ("safetensors-sharded", "qwen2-vl"):
         raise UserError("--max_shard_size goes with --to safetensors-sharded or qwen2-vl")
+    if vlm_path is not None and to not in UNDERSTANDING_FORMATS:
+        raise UserError(f"--vlm_path goes with --to {' or '.join(UNDERSTANDING_FORMATS)}")
     if inspect:
         print(json.dumps(describe(input, tag=tag, model_folder=model_folder, tensors=tensors), indent=1))
         return
@@ -92,7 +96,8 @@ def convert_checkpoint(
         raise UserError("OUTPUT and --to are needed, or --inspect")
     options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     options |= {"weights": weights, "dtype": dtype, "tensor_parallel": tensor_parallel, "tag": tag}
-    convert(input, output, to=to, model_folder=model_folder, verify=verify, force=force, **options)
+    options |= {"model_folder": model_folder, "vlm_path": vlm_path}
+    convert(input, output, to=to, verify=verify, force=force, **options)
 
 
 def run() -> int:

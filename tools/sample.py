@@ -45,6 +45,8 @@ def sample(
     seed: int = 0,
     batch_size: int = 50,
     weights: Literal[*WEIGHTS] = "ema",
+    vlm_path: str | None = None,
+    codec_path: str | None = None,
     device: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
@@ -62,13 +64,15 @@ def sample(
         seed: random seed
         batch_size: images drawn at once
         weights: averaged (ema) or trained (model) weights
+        vlm_path: folder or hub id of the VLM; default: as recorded, or beside an exported folder
+        codec_path: folder or hub id of the autoencoder; default: the same
         device: cpu or cuda; default: cuda if available
         dtype: type that the network computes in
 
     Raises:
         UserError: when an argument or the checkpoint is invalid.
     """
-    check_paths(checkpoint=checkpoint, output=output)
+    check_paths(checkpoint=checkpoint, output=output, vlm_path=vlm_path, codec_path=codec_path)
     check_positive(num_images=num_images, batch_size=batch_size, num_steps=num_steps)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed: got {seed}; accepted: 0 to 2^32 - 1")
@@ -87,7 +91,8 @@ def sample(
     path, verified = Path(checkpoint), False
     if world_size > 1 and not is_pipeline(path):
         path, verified = _find_together(path, rank), True
-    pipeline = load_pipeline(path, weights=weights, dtype=getattr(torch, dtype), verified=verified)
+    options = {"vlm_path": vlm_path, "codec_path": codec_path, "verified": verified}
+    pipeline = load_pipeline(path, weights=weights, dtype=getattr(torch, dtype), **options)
     pipeline.to(device)
     conditions = _conditions(classes, prompts, pipeline.config.class_names)
     total = num_images or len(conditions)

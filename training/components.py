@@ -35,6 +35,7 @@ from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.context import tokenize_prompts, truncate_prompts
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.partition import check_tensor_parallel
+from latte_flow.model.settings import read_settings
 from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, PipelineConfig
 from latte_flow.training.checkpoint.opening import OpenedCheckpoint
 from latte_flow.training.configs.fields import TrainingConfig
@@ -102,7 +103,7 @@ def build_components(config: TrainingConfig, images: Images, saved: Path) -> Com
         with naming("vlm"):
             vlm, tokenizer = _build_vlm(config, images, saved)
         model_config = _make_model_config(config, vlm.config, codec)
-    pipeline_config = _make_pipeline_config(config, images)
+        pipeline_config = _make_pipeline_config(config, images)
     own = pipeline_config.vlm_fingerprint
     if (saved / PIPELINE_FILE).is_file() and PipelineConfig.load(saved).vlm_fingerprint != own:
         raise UserError(
@@ -135,7 +136,7 @@ def build_meta_components(config: TrainingConfig) -> MetaComponents:
                 vlm_config, prompt_ids = read_vlm_config(_configuration_source(config.vlm.path)), None
         codec = _build_codec(config, image_channels, meta=True)
         with torch.device("meta"):
-            vlm = AutoModelForImageTextToText.from_config(vlm_config)
+            vlm = AutoModelForImageTextToText.from_config(vlm_config, trust_remote_code=False)
         model_config = _make_model_config(config, vlm_config, codec)
     return MetaComponents(vlm.requires_grad_(False), codec, model_config, prompt_ids)
 
@@ -283,14 +284,15 @@ def _make_model_config(config: TrainingConfig, vlm_config: PretrainedConfig, cod
 
 def _make_pipeline_config(config: TrainingConfig, images: Images) -> PipelineConfig:
     path = config.vlm.path
-    return PipelineConfig(
-        resolution=config.data.resolution,
-        image_channels=images.image_channels,
-        prompt_template=config.data.prompt_template,
-        null_prompt=config.data.null_prompt,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        class_names=images.class_names,
-        codec=asdict(config.codec) | {"image_channels": images.image_channels},
-        vlm_path=str(Path(path).resolve()) if path is not None and Path(path).is_dir() else path,
-        vlm_fingerprint=None if path is None else fingerprint(checkpoint_folder(path)),
-    )
+    settings = {
+        "resolution": config.data.resolution,
+        "image_channels": images.image_channels,
+        "prompt_template": config.data.prompt_template,
+        "null_prompt": config.data.null_prompt,
+        "max_prompt_tokens": config.data.max_prompt_tokens,
+        "class_names": images.class_names,
+        "codec": asdict(config.codec) | {"image_channels": images.image_channels},
+        "vlm_path": str(Path(path).resolve()) if path is not None and Path(path).is_dir() else path,
+        "vlm_fingerprint": None if path is None else fingerprint(checkpoint_folder(path)),
+    }
+    return read_settings(PipelineConfig, settings)

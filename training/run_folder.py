@@ -21,7 +21,7 @@ from latte_flow.training.checkpoint.opening import OpenedCheckpoint
 from latte_flow.training.checkpoint.store import newest_valid
 from latte_flow.training.components import Components
 from latte_flow.training.configs.fields import RESUME_AUTO, RESUME_NEVER, TrainingConfig
-from latte_flow.training.configs.saved import CONFIG_FILE, differences, load_config, save_config
+from latte_flow.training.configs.saved import CONFIG_FILE, differences, load_config, portable_config, save_config
 from latte_flow.training.durable import PARTIAL
 from latte_flow.training.errors import UserError
 from latte_flow.training.monitor.preemption import REQUEUE_FILE, STOP_FILE
@@ -127,7 +127,10 @@ def find_origin(config: TrainingConfig) -> Origin | None:
             f"resume: {origin.config_file} not found; accepted: a checkpoint in the output_dir it was written to, or one "
             "converted from there"
         )
-    changes = [line for line in differences(load_config(origin.config_file), config) if line.startswith(NETWORK_FIELDS)]
+    theirs, ours = load_config(origin.config_file), config
+    if origin.exported:  # an export has no absolute paths; the fingerprint tells whether the VLM is the same
+        theirs, ours = portable_config(theirs), portable_config(ours)
+    changes = [line for line in differences(theirs, ours) if line.startswith(NETWORK_FIELDS)]
     if changes:
         raise UserError(f"resume: {path} belongs to another network ({'; '.join(changes)}); accepted: the same values")
     return origin

@@ -147,6 +147,16 @@ def test_models_and_pipelines_load_every_exported_folder(runs, tmp_path, name):
     assert not all(torch.equal(first[key], tensor) for key, tensor in from_shards.model.state_dict().items())
 
 
+def test_no_output_tells_where_the_run_was(runs, tmp_path):
+    """DeepSpeed's states among them; tests/unit/test_exports.py has folders of a VLM and an autoencoder."""
+    run = runs["couple_zero1_1"].output_dir
+    for to in FORMATS:
+        folder = convert(run, tmp_path / to, to=to)
+        for file in [path for path in folder.rglob("*") if path.is_file()]:
+            content = file.read_bytes()
+            assert [p for p in (run.parent, tmp_path, ROOT) if str(p).encode() in content] == [], file
+
+
 STOCK = """
 import sys, torch, transformers
 assert not any(name.split(".")[0] in ("model", "training", "tools") for name in sys.modules)

@@ -1,5 +1,6 @@
 """Convert a checkpoint to another format: match it with its network, write to a temporary folder, read back, rename."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from latte_flow.model.configuration import LatteFlowConfig, load_network_config
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.partition import check_tensor_parallel
 from latte_flow.tools.command_line import check_paths
+from latte_flow.tools.conversion.components import copy_components, copy_tokenizer, report_left_out
 from latte_flow.tools.conversion.megatron_gpt import compare_megatron_gpt, write_megatron_gpt
 from latte_flow.tools.conversion.output_folder import check_output, make_partial_folder, put_in_place
 from latte_flow.tools.conversion.qwen2_vl import compare_qwen2_vl, load_understanding_path, write_qwen2_vl
@@ -26,7 +28,7 @@ from latte_flow.training.checkpoint.formats.matching import MatchedSource
 from latte_flow.training.checkpoint.formats.recognise import open_weights
 from latte_flow.training.checkpoint.formats.source import EMA, EXPORT_FILE, MODEL, WeightSource
 from latte_flow.training.checkpoint.manifest import describe_file
-from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE, TOKENIZER_FOLDER
+from latte_flow.training.checkpoint.model_folder import TOKENIZER_FOLDER
 from latte_flow.training.checkpoint.opening import OpenedCheckpoint, open_checkpoint
 from latte_flow.training.durable import sync_folder, write_synced
 from latte_flow.training.errors import UserError
@@ -42,11 +44,10 @@ FORMATS = (
     "qwen2-vl",
     "megatron-gpt",
 )
+UNDERSTANDING_FORMATS = ("qwen2-vl", "megatron-gpt")
 TENSOR_PARALLEL_FORMATS = ("megatron-tp", "megatron-gpt")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]?i?B", re.IGNORECASE)
-COMPONENTS = ("config.json", PIPELINE_FILE, "tokenizer", "vlm", "config.yaml")
-"""Copied to the output if present."""
 
 
 def convert(
@@ -60,6 +61,7 @@ def convert(
     tensor_parallel: int = 1,
     tag: str | None = None,
     model_folder: str | None = None,
+    vlm_path: str | None = None,
     verify: bool = False,
     force: bool = False,
 ) -> Path:
@@ -71,12 +73,13 @@ def convert(
     Raises:
         UserError: when an argument or the input is invalid; nothing is written then.
     """
-    check_paths(path=path, output=output, model_folder=model_folder)
+    check_paths(path=path, output=output, model_folder=model_folder, vlm_path=vlm_path)
     target = Path(output).resolve()
     check_output(target, Path(path).resolve(), force=force)
     if not SHARD_SIZE.fullmatch(max_shard_size):
         raise UserError(f"max_shard_size: got {max_shard_size!r}; accepted: such as 5GB or 200MB")
     opened = open_checkpoint(Path(path), tag=tag, model_folder=model_folder and Path(model_folder))
+    opened = dataclasses.replace(opened, vlm_path=vlm_path)
     if opened.components is not None and target.is_relative_to(opened.components.resolve()):
         raise UserError(
             f"output: {target} lies in {opened.components}, which is copied to the output; accepted: another place"
@@ -87,7 +90,7 @@ def convert(
         partial = make_partial_folder(target)
         try:
             options = {"to": to, "dtype": dtype, "max_shard_size": max_shard_size, "ranks": tensor_parallel}
-            write(partial, source, config, opened, **options)
+            left = write(partial, source, config, opened, **options)
             if verify:
                 _verify(partial, source, config, opened, to=to, dtype=dtype, ranks=tensor_parallel)
             _finish(partial, source, opened, to)
@@ -98,6 +101,7 @@ def convert(
         raise UserError(f"output: {target} was not written: {error}") from error
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
+    report_left_out(left)
     kinds = "weights and optimizer state" if source.training_state else f"weights ({source.kinds[0]})"
     checked = ", read back and compared" if verify else ""
     print(f"{opened.source.path} ({opened.source.format}): {kinds} of step {source.step} in {target} ({to}){checked}")
@@ -146,17 +150,16 @@ def write(
     dtype: str | None,
     max_shard_size: str,
     ranks: int,
-) -> None:
-    """Write the weights in a format, and copy the other components."""
+) -> list[str]:
+    """Write the weights in a format, and copy the other components; return the files that were not copied."""
+    assert opened.components is not None, "match refuses weights without config.json"
     if to == "qwen2-vl":
         options = {"dtype": None if dtype is None else DTYPES[dtype], "max_shard_size": max_shard_size}
-        write_qwen2_vl(folder, source, config, opened.components, **options)
-        return
+        return write_qwen2_vl(folder, source, config, opened, **options)
     if to == "megatron-gpt":
-        vlm = load_understanding_path(source, config, opened.components, None if dtype is None else DTYPES[dtype])
+        vlm = load_understanding_path(source, config, opened, None if dtype is None else DTYPES[dtype])
         write_megatron_gpt(folder, vlm, step=source.step, tensor_parallel=ranks)
-        shutil.copytree(opened.components / TOKENIZER_FOLDER, folder / TOKENIZER_FOLDER)
-        return
+        return copy_tokenizer(opened.components, folder / TOKENIZER_FOLDER)
     metadata = {"weights": source.kinds[0]} | ({} if source.step is None else {"step": str(source.step)})
     if to == "safetensors":
         write_safetensors(folder, source, max_shard_size=None, metadata=metadata)
@@ -172,14 +175,7 @@ def write(
         write_megatron_ranks(folder, source, tensor_parallel=ranks)
     else:
         write_universal(folder, source)
-    for name in COMPONENTS:
-        component = opened.components / name
-        if component.is_dir():
-            shutil.copytree(component, folder / name)
-        elif component.is_file():
-            shutil.copyfile(component, folder / name)
-    if opened.config_file is not None:
-        shutil.copyfile(opened.config_file, folder / "config.yaml")
+    return copy_components(opened.components, opened.config_file, folder)
 
 
 def _check_space(folder: Path, source: WeightSource) -> None:
@@ -209,9 +205,9 @@ def _verify(
         ValueError: names the first tensor that differs.
     """
     if to == "qwen2-vl":
-        pairs = compare_qwen2_vl(folder, source, config, opened.components)
+        pairs = compare_qwen2_vl(folder, source, config, opened)
     elif to == "megatron-gpt":
-        vlm = load_understanding_path(source, config, opened.components, None if dtype is None else DTYPES[dtype])
+        vlm = load_understanding_path(source, config, opened, None if dtype is None else DTYPES[dtype])
         pairs = compare_megatron_gpt(folder, vlm, tensor_parallel=ranks)
     else:
         written = open_weights(folder)

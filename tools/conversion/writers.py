@@ -1,9 +1,11 @@
 """Writers of the output formats; the readers are in training/checkpoint/formats/."""
 
 import json
+import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -75,11 +77,18 @@ def write_torch_file(folder: Path, source: WeightSource) -> None:
     torch.save({name: source.read(name) for name in source.tensors}, folder / torch_files.WEIGHTS_FILE)
 
 
+class _Writer(dcp.FileSystemWriter):
+    """Writes no storage_meta: it holds the folder that is written to, and nobody needs it."""
+
+    def storage_meta(self) -> None:
+        return None
+
+
 def write_dcp(folder: Path, source: WeightSource) -> None:
     """Write the weights as a single-rank DCP checkpoint, under their own names."""
     state = {name: source.read(name) for name in source.tensors}
     with quiet_dcp():
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+        dcp.save(state, storage_writer=_Writer(folder), no_dist=True)
 
 
 def write_megatron_dist(folder: Path, source: WeightSource) -> None:
@@ -128,7 +137,7 @@ def write_universal(folder: Path, source: WeightSource) -> None:
     # Without a training state, trained parameters are unknown: float32 weights may initialise a run, others are kept as they are.
     trained = dict(state.shapes) if state else {n: i.shape for n, i in infos.items() if i.dtype == torch.float32}
     (folder / ZERO_FOLDER).mkdir()
-    states = dict(state.model_states) if state else _empty_model_states(source.step)
+    states = _without_local_paths(state.model_states) if state else _empty_model_states(source.step)
     precision = torch.bfloat16 if (states.get("ds_config") or {}).get("bf16", {}).get("enabled") is True else None
     module = {}
     for name in infos:
@@ -146,7 +155,7 @@ def write_universal(folder: Path, source: WeightSource) -> None:
         if state:
             torch.save(torch.tensor(float(state.updates)), target / f"{STEP_KEY}.pt")
     if state:
-        settings = {key: value for key, value in state.optimizer.items() if key != "state"}
+        settings = {key: value for key, value in _without_local_paths(state.optimizer).items() if key != "state"}
         counter = {
             "state": {0: {STEP_KEY: torch.tensor(float(state.updates))}},
             "param_groups": settings["param_groups"],
@@ -173,3 +182,12 @@ def _empty_model_states(step: int | None) -> dict:
         "skipped_steps": 0,
         "ds_version": version("deepspeed"),
     }
+
+
+def _without_local_paths(value: Any) -> Any:
+    """Return a training state whose absolute paths (of DeepSpeed's configuration) are reduced to their last part."""
+    if isinstance(value, Mapping):
+        return {key: _without_local_paths(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_without_local_paths(item) for item in value)
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value

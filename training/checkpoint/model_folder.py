@@ -12,17 +12,21 @@ training/checkpoint/formats. A pipeline saved for inference only is a diffusers 
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, Required
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
+from typing_extensions import TypedDict  # pydantic needs it below Python 3.12
 
 from latte_flow.model.backbone import load_image_processor, load_tokenizer, load_vlm
-from latte_flow.model.codecs import load_codec
+from latte_flow.model.codecs import LatentCodec, apply_preset, load_codec
 from latte_flow.model.configuration import LatteFlowConfig, load_network_config
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.pipeline import LatteFlowPipeline
+from latte_flow.model.settings import STRICT, PromptSettings, locate_saved, read_settings
 from latte_flow.training.checkpoint.formats.matching import load_weights
 from latte_flow.training.checkpoint.formats.source import WeightSource
 from latte_flow.training.errors import naming
@@ -30,33 +34,35 @@ from latte_flow.training.errors import naming
 PIPELINE_FILE = "pipeline.json"
 VLM_FOLDER = "vlm"
 TOKENIZER_FOLDER = "tokenizer"
+Size = Annotated[int, Field(gt=0, le=2**16)]
 
 
-@dataclass
-class PipelineConfig:
+class CodecSettings(TypedDict, total=False):
+    """Arguments of model.codecs.load_codec."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    kind: Required[str]
+    path: str | None
+    preset: str | None
+    scaling_factor: Annotated[float, Field(gt=0)] | None
+    patch: Size
+    image_channels: Size
+
+
+@dataclass(config=STRICT, kw_only=True)
+class PipelineConfig(PromptSettings):
     """What a pipeline needs in addition to the networks' configurations; the content of pipeline.json.
 
     Attributes:
         resolution: R, side of the images in pixels.
         image_channels: c.
-        prompt_template: the user message; {} stands for the class name or the caption.
-        null_prompt: the user message of the null condition.
-        max_prompt_tokens: longer user messages are truncated at the end; None disables truncation.
-        class_names: names of the classes, or None for free prompts.
-        codec: arguments of model.codecs.load_codec.
-        vlm_path: folder or hub id of the VLM; None if it is in the model folder.
-        vlm_fingerprint: fingerprint of the VLM's files, None without a path; see model.backbone.fingerprint.
+        codec: arguments of model.codecs.load_codec; a relative path starts at the model folder if its first part is ``..``.
     """
 
-    resolution: int
-    image_channels: int
-    prompt_template: str
-    null_prompt: str
-    max_prompt_tokens: int | None = None
-    class_names: list[str] | None = None
-    codec: dict = field(default_factory=dict)
-    vlm_path: str | None = None
-    vlm_fingerprint: str | None = None
+    resolution: Size
+    image_channels: Size
+    codec: CodecSettings
 
     @classmethod
     def load(cls, folder: Path) -> "PipelineConfig":
@@ -64,30 +70,52 @@ class PipelineConfig:
 
         Raises:
             FileNotFoundError: when it does not exist.
-            ValueError: when its content is invalid.
+            ValueError: when its content is invalid; the message names the field and what is accepted.
         """
         file = folder / PIPELINE_FILE
         if not file.is_file():
             raise FileNotFoundError(f"{file} not found; accepted: a model folder")
         try:
-            return cls(**json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, RecursionError) as error:
+            return read_settings(cls, json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}: damaged ({error})") from error
 
-    def load_frozen_vlm(self, folder: Path, dtype: torch.dtype | None):
+    def load_frozen_vlm(self, folder: Path, dtype: torch.dtype | None, path: str | None = None):
         """Load the frozen VLM that a Couple model was trained with.
 
         Args:
             folder: the model folder.
             dtype: dtype of the weights; None keeps the stored one.
+            path: its folder or hub id, instead of the one in these settings.
 
         Raises:
             UserError: when it is missing or is a different VLM.
         """
-        path = self.vlm_path or folder / VLM_FOLDER
         with naming("vlm"):
+            if path is None:
+                path = locate_saved(self.vlm_path, folder, "vlm_path") if self.vlm_path else str(folder / VLM_FOLDER)
             vlm, _ = load_vlm(path, dtype, folder / TOKENIZER_FOLDER, expected_fingerprint=self.vlm_fingerprint)
         return vlm
+
+    def load_codec(self, folder: Path, dtype: torch.dtype, path: str | None = None) -> LatentCodec:
+        """Load the codec.
+
+        Args:
+            folder: the model folder.
+            dtype: dtype of the weights.
+            path: the autoencoder's folder or hub id, instead of the one in these settings.
+
+        Raises:
+            UserError: when it is missing or of another kind.
+        """
+        with naming("codec"):
+            settings: dict[str, Any] = dict(self.codec)
+            own, _ = apply_preset(*(settings.get(name) for name in ("preset", "path", "scaling_factor")))
+            if path is not None:
+                settings["path"] = path
+            elif own is not None and settings["kind"] != "pixel":
+                settings["path"] = locate_saved(str(own), folder, "codec_path")
+            return load_codec(**settings, dtype=dtype)
 
 
 def save_components(
@@ -114,7 +142,13 @@ def save_components(
 
 
 def build_pipeline(
-    folder: Path, weights: Mapping[str, Tensor] | WeightSource, kind: str | None, dtype: torch.dtype
+    folder: Path,
+    weights: Mapping[str, Tensor] | WeightSource,
+    kind: str | None,
+    dtype: torch.dtype,
+    *,
+    vlm_path: str | None = None,
+    codec_path: str | None = None,
 ) -> LatteFlowPipeline:
     """Build the pipeline of a model folder, in eval mode.
 
@@ -123,6 +157,8 @@ def build_pipeline(
         weights: the network's state dict, or a source to read it from.
         kind: ``model`` or ``ema`` for a source that holds both; None for its default: the averaged weights, if it has them.
         dtype: dtype of all networks.
+        vlm_path: folder or hub id of a Couple model's VLM, instead of that in pipeline.json.
+        codec_path: folder or hub id of the autoencoder, instead of that in pipeline.json.
 
     Raises:
         FileNotFoundError: when the folder is not a model folder.
@@ -133,18 +169,17 @@ def build_pipeline(
         raise ValueError(f"{folder / TOKENIZER_FOLDER} not found; accepted: a model folder")
     model = LatteFlowModel(load_network_config(folder))
     load_weights(model, weights, weights.default_kind if kind is None and isinstance(weights, WeightSource) else kind)
-    with naming("codec"):
-        codec = load_codec(**config.codec, dtype=dtype)
+    codec = config.load_codec(folder, dtype, codec_path)
     return LatteFlowPipeline(
         model=model.to(dtype).eval(),  # type: ignore[arg-type]  # transformers' wrapper hides torch's signature
         tokenizer=load_tokenizer(folder / TOKENIZER_FOLDER),
         codec=codec,
-        vlm=config.load_frozen_vlm(folder, dtype) if model.config.variant == "couple" else None,
+        vlm=config.load_frozen_vlm(folder, dtype, vlm_path) if model.config.variant == "couple" else None,
         image_processor=load_image_processor(folder / TOKENIZER_FOLDER),
         prompt_template=config.prompt_template,
         null_prompt=config.null_prompt,
         max_prompt_tokens=config.max_prompt_tokens,
         class_names=config.class_names,
-        vlm_path=config.vlm_path,
+        vlm_path=vlm_path or config.vlm_path,
         vlm_fingerprint=config.vlm_fingerprint,
     )

@@ -12,6 +12,7 @@ from latte_flow.training.checkpoint.formats.recognise import open_weights
 from latte_flow.training.checkpoint.formats.source import (
     EXPORT_FILE,
     WeightSource,
+    check_step,
     require_export_record,
 )
 from latte_flow.training.checkpoint.formats.zero_shards import ZeroShards
@@ -63,7 +64,13 @@ def is_pipeline(path: Path) -> bool:
 
 
 def load_pipeline(
-    path: str | Path, *, weights: str = "ema", dtype: torch.dtype = torch.float32, verified: bool = False
+    path: str | Path,
+    *,
+    weights: str = "ema",
+    dtype: torch.dtype = torch.float32,
+    vlm_path: str | Path | None = None,
+    codec_path: str | Path | None = None,
+    verified: bool = False,
 ) -> LatteFlowPipeline:
     """Load the pipeline that a CHECKPOINT argument names.
 
@@ -72,22 +79,29 @@ def load_pipeline(
             pipeline written by ``LatteFlowPipeline.save_pretrained``.
         weights: ``ema`` or ``model``, for training and universal checkpoints; other folders hold only one kind.
         dtype: dtype of the networks.
+        vlm_path: folder or hub id of the VLM that a Couple model was trained with, instead of the recorded one. Exports record a
+            folder as one beside them, and only an id that is given is downloaded.
+        codec_path: the same for the autoencoder.
         verified: the path was just returned by ``find_checkpoint``, so its files are not verified again.
 
     Raises:
         UserError: when the folder is none of these, or is damaged.
     """
     path = Path(path)
+    given = {name: str(p) for name, p in (("vlm_path", vlm_path), ("codec_path", codec_path)) if p is not None}
     try:
         if (path / LatteFlowPipeline.config_name).is_file():
-            return LatteFlowPipeline.from_pretrained(path, dtype=dtype)
+            if codec_path is not None:
+                raise UserError(f"codec_path: {path} holds its codec; accepted: None")
+            return LatteFlowPipeline.from_pretrained(path, dtype=dtype, **given)
         if (path / PIPELINE_FILE).is_file():
             source = open_weights(path)
-            return build_pipeline(path, source, weights if weights in source.kinds else None, dtype)
+            return build_pipeline(path, source, weights if weights in source.kinds else None, dtype, **given)
         if (path / EXPORT_FILE).is_file():
             raise UserError(f"{path}: holds weights but no {PIPELINE_FILE}, which a pipeline needs")
         checkpoint = path if verified else find_checkpoint(path)
-        return build_pipeline(checkpoint.parent.parent / MODEL_FOLDER, read_weights(checkpoint, weights), None, dtype)
+        state = read_weights(checkpoint, weights)
+        return build_pipeline(checkpoint.parent.parent / MODEL_FOLDER, state, None, dtype, **given)
     except (OSError, ValueError) as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
 
@@ -124,11 +138,13 @@ class OpenedCheckpoint:
         source: the weights.
         components: the model folder with config.json and usually pipeline.json and the tokenizer; None if there is none.
         config_file: the training configuration, if there is one.
+        vlm_path: folder or hub id of a Couple model's VLM, instead of the one that the model folder names.
     """
 
     source: WeightSource
     components: Path | None
     config_file: Path | None
+    vlm_path: str | None = None
 
 
 def open_checkpoint(
@@ -165,6 +181,7 @@ def open_checkpoint(
             above = [folder.parent, folder.parent.parent]
             candidates = [folder, folder / MODEL_FOLDER, *above, *(parent / MODEL_FOLDER for parent in above)]
             config_file = folder / CONFIG_FILE
+        check_step(source)
         if model_folder is not None:
             candidates = [model_folder]
         components = next((c for c in candidates if (c / "config.json").is_file()), None)

@@ -5,7 +5,6 @@ import functools
 import os
 import re
 import reprlib
-import string
 from typing import Annotated, TypeVar, cast, dataclass_transform
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -43,17 +42,6 @@ def check_path(text: str | None) -> str | None:
     return text
 
 
-def check_template(text: str) -> str:
-    """Reject a template unless ``template.format(x)`` inserts x unchanged in exactly one place."""
-    try:
-        blanks = [blank for _, *blank in string.Formatter().parse(text) if blank[0] is not None]
-    except ValueError:  # a single brace
-        blanks = []
-    if blanks != [["", "", None]]:  # name, format and conversion: {:>9999999999} would exhaust memory
-        raise ValueError("a text with {} exactly once (other braces doubled)")
-    return text
-
-
 # Strict: neither true nor "1" is accepted as 1.
 PositiveInt = Annotated[int, Field(strict=True, gt=0, lt=LIMIT)]
 NonNegativeInt = Annotated[int, Field(strict=True, ge=0, lt=LIMIT)]
@@ -63,7 +51,6 @@ NonNegativeFloat = Annotated[float, Field(strict=True, ge=0, lt=LIMIT)]
 Fraction = Annotated[float, Field(strict=True, ge=0, lt=1)]
 PathText = Annotated[str, AfterValidator(check_path)]
 OptionalPath = Annotated[str | None, AfterValidator(check_path)]
-PromptTemplate = Annotated[str, AfterValidator(check_template)]
 
 
 class _Short(reprlib.Repr):

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.model.settings import PromptTemplate
 from latte_flow.training.configs.checked import (
     Fraction,
     NonNegativeFloat,
@@ -18,7 +19,6 @@ from latte_flow.training.configs.checked import (
     PathText,
     PositiveFloat,
     PositiveInt,
-    PromptTemplate,
     Real,
     checked,
 )

@@ -1,11 +1,14 @@
 """The saved configuration of a run: writing, reading, and comparing it with the command that resumes the run."""
 
 import dataclasses
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from latte_flow.training.configs.checked import OptionalPath, PathText
 from latte_flow.training.configs.fields import TrainingConfig
 from latte_flow.training.configs.parser import parse_config
 from latte_flow.training.durable import write_durably
@@ -32,6 +35,18 @@ def load_config(path: Path) -> TrainingConfig:
 def save_config(config: TrainingConfig, path: Path) -> None:
     """Write every field with its value as YAML; the file is replaced atomically."""
     write_durably(path, to_yaml(config).encode())
+
+
+def portable_config(config: Any) -> Any:
+    """Return a configuration whose absolute paths are reduced to their last part, for a file that leaves this machine."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = portable_config(value)
+        elif field.type in (PathText, OptionalPath) and value is not None and os.path.isabs(value):
+            changes[field.name] = Path(value).name
+    return dataclasses.replace(config, **changes)
 
 
 def to_yaml(config: TrainingConfig) -> str:

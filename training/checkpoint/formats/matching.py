@@ -58,6 +58,17 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor] | WeightSource,
             own[name].copy_(one)
 
 
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise ValueError for a tensor with NaN or infinite elements. It is in memory already: nothing is read again."""
+    if tensor.is_floating_point() and tensor.numel():
+        low, high = tensor.aminmax()  # without a copy: a copy would double the memory of a conversion
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise ValueError(
+                f"{name}: holds NaN or infinite values as {str(tensor.dtype).removeprefix('torch.')}; accepted: finite values, "
+                "as in an earlier checkpoint of the run, or a type with a larger range"
+            )
+
+
 class MatchedSource(WeightSource):
     """A view of a source under the names of a network: one name per weight, one kind, one dtype.
 
@@ -68,7 +79,8 @@ class MatchedSource(WeightSource):
         dtype: dtype to cast floating-point weights to; None keeps theirs.
 
     Raises:
-        ValueError: as ``match_weights``, or when weights that are tied in the network differ in the source.
+        ValueError: as ``match_weights``, or when weights that are tied in the network differ in the source; from ``read``, for
+            NaN or infinite values.
     """
 
     def __init__(self, source: WeightSource, model: nn.Module, kind: str, dtype: torch.dtype | None = None):
@@ -95,7 +107,9 @@ class MatchedSource(WeightSource):
             raise ValueError(
                 f"{self.path}: {name} is {list(tensor.shape)}, but was announced as {list(self._tensors[name].shape)}"
             )
-        return tensor.to(self._cast(tensor.dtype))
+        cast = tensor.to(self._cast(tensor.dtype))
+        check_finite(f"{self.path}: {name} ({kind})", cast)
+        return cast
 
     def keep_training_state(self) -> None:
         """Also expose the source's training state and all its kinds of tensors, for resuming training."""

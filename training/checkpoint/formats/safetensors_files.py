@@ -1,6 +1,6 @@
 """safetensors: a single file, or Hugging Face's shards with an index."""
 
-import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,9 +8,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from latte_flow.model.files import read_index
 from latte_flow.training.checkpoint.formats.source import MODEL, TensorInfo, WeightSource, reading
 
 WEIGHTS_FILE = "model.safetensors"
+NUMBER = re.compile(r"-?[0-9]{1,4000}")
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64,
@@ -63,7 +65,7 @@ class SafetensorsSource(WeightSource):
                 + ", ".join(f"{file.name} of step {step}" for step, file in steps.items())
             )
         step = next(iter(steps), None)
-        self.step = int(step) if step is not None and step.isdigit() else None
+        self.step = int(step) if step is not None and NUMBER.fullmatch(step) else None
         for name, announced in (placed or {}).items():
             if name not in self._file_of:
                 raise ValueError(f"{path}: {name} is not in {announced}, where the index places it")
@@ -83,17 +85,3 @@ def _open(file: Path):
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{file}: damaged ({error})") from error
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """Return tensor name -> file name from a Hugging Face shard index; the files are in the folder of the index.
-
-    Raises:
-        ValueError: when it is damaged or refers to files outside its folder.
-    """
-    with reading(path):
-        placed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        for name, file in placed.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise ValueError(f"{path}: places {name} in {file!r}; accepted: a file in the folder of the index")
-    return placed

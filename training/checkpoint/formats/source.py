@@ -19,6 +19,7 @@ MODEL, EMA = "model", "ema"
 """Kinds of tensors: the trained weights and their moving average. Optimizer states have their AdamW names."""
 EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
 EXPORT_FILE = "export.json"
+MAX_STEP = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,15 @@ def trained_step(model_states: Mapping) -> int | None:
     return next((model_states[key] for key in ("step", "global_steps") if isinstance(model_states.get(key), int)), None)
 
 
+def check_step(source: WeightSource) -> None:
+    """Raise ValueError when a source's step or number of updates is not one that a run can have."""
+    updates = source.training_state.updates if source.training_state else None
+    for name, number in (("step", source.step), ("number of updates", updates)):
+        if number is not None and not 0 <= number <= MAX_STEP:
+            shown = number if number.bit_length() <= 64 else f"an integer of {number.bit_length()} bits"
+            raise ValueError(f"{source.path}: its {name} is {shown}; accepted: 0 to {MAX_STEP}")
+
+
 def kinds_of_training(state_keys: Sequence[str]) -> tuple[str, ...]:
     """Return the kinds of tensors in a checkpoint with optimizer state: the weights, their average, the others."""
     return (MODEL, *sorted(state_keys, key=lambda key: key != EMA))
@@ -175,7 +185,9 @@ def reading(path: Path) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         line = next((li.strip() for li in str(error).splitlines() if "Unsupported" in li or "GLOBAL" in li), error)
         raise ValueError(f"{path}: holds an object that is not a weight and was not executed ({line})") from error
-    except (OSError, RuntimeError, EOFError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (
+        OSError, RuntimeError, EOFError, KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError,
+    ) as error:  # fmt: skip
         if isinstance(error, FileNotFoundError):
             raise ValueError(f"{error.filename or path}: not found") from error
         if str(error).startswith(str(path)):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from latte_flow.model.files import read_index
 from latte_flow.model.partition import join_parts, whole_shape
-from latte_flow.training.checkpoint.formats.safetensors_files import read_index
+from latte_flow.training.checkpoint.formats.safetensors_files import NUMBER
 from latte_flow.training.checkpoint.formats.source import TensorInfo, WeightSource, load_torch_file
 
 WEIGHTS_FILE = "pytorch_model.bin"
@@ -135,7 +136,7 @@ def find_iteration(path: Path) -> Path:
     note = path / ITERATION_FILE
     if note.is_file():
         text = note.read_text(encoding="utf-8", errors="replace").strip()
-        name = f"iter_{int(text):07d}" if text.isascii() and text.isdigit() else text
+        name = f"iter_{int(text):07d}" if NUMBER.fullmatch(text) else text
         if ITERATION_FOLDER.fullmatch(name) and (path / name).is_dir():
             return path / name
         raise ValueError(f"{note}: names {text!r}, but {path} has no such iteration")

@@ -113,7 +113,8 @@ class UniversalSource(WeightSource):
         for name, folder in self._folders.items():
             file = folder / f"{STEP_KEY}.pt"
             if file.is_file():
-                steps.setdefault(int(load_torch_file(file)), name)
+                with reading(file):
+                    steps.setdefault(int(load_torch_file(file)), name)
         if len(steps) > 1:
             (first, one), (second, other), *_ = steps.items()
             raise ValueError(f"{self.path}: {one} is of update {first}, {other} of update {second}")
