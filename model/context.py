@@ -20,6 +20,9 @@ from torch import Tensor
 from latte_flow.model.attention import ContextKeyValues
 from latte_flow.model.settings import MAX_CHARACTERS
 
+TEXT_MARK = "\ue000"
+"""A character for private use, which no chat template holds: it marks where one inserts the user's text."""
+
 
 @dataclass(frozen=True)
 class Context:
@@ -129,17 +132,56 @@ def tokenize_prompts(tokenizer, prompts: Sequence[str]) -> dict[str, Tensor]:
         raise ValueError(
             "tokenizer: it has no chat template; use the tokenizer of an Instruct checkpoint, or set tokenizer.chat_template"
         )
-    texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-        for prompt in prompts
-    ]
-    longest = max(map(len, texts))
-    if longest > MAX_CHARACTERS:  # a chat template is a program: its output may be much longer than the prompt
-        raise ValueError(
-            f"prompts: {longest} characters in the tokenizer's chat format; accepted: up to {MAX_CHARACTERS}"
-        )
-    encoded = tokenizer(texts, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")
+    rows = [message_ids(tokenizer, prompt) for prompt in prompts]
+    encoded = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+
+
+def message_ids(tokenizer, text: str, *, image_token: str = "", num_image_tokens: int = 0) -> list[int]:
+    """Return the token ids of a user message in the VLM's chat format. Special tokens in the text are text, not control tokens.
+
+    Args:
+        tokenizer: the VLM's.
+        text: the user's words.
+        image_token: the token that stands for a part of a picture.
+        num_image_tokens: how many of them stand for the picture before the text; 0 for no picture.
+
+    Raises:
+        ValueError: when the message is too long in its chat format, or the chat template does not insert a text once.
+    """
+    if any(token in text for token in special_tokens(tokenizer)):
+        # Tokenized apart from the template, whose special tokens stay special.
+        before, *after = _render(tokenizer, TEXT_MARK, image_token, num_image_tokens).split(TEXT_MARK)
+        if len(after) != 1:
+            raise ValueError("tokenizer: its chat template does not insert a user's text exactly once")
+        parts = [(before, False), (text, True), (after[0], False)]
+    else:
+        parts = [(_render(tokenizer, text, image_token, num_image_tokens), False)]
+    return [
+        token
+        for part, as_text in parts
+        for token in tokenizer(part, add_special_tokens=False, split_special_tokens=as_text)["input_ids"]
+    ]
+
+
+def special_tokens(tokenizer) -> list[str]:
+    """Return the texts of a tokenizer's special tokens, such as <|im_end|>."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def _render(tokenizer, text: str, image_token: str, num_image_tokens: int) -> str:
+    content: str | list = text
+    if num_image_tokens:
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+    chat = [{"role": "user", "content": content}]
+    rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    if num_image_tokens:  # the template writes one, before the text
+        rendered = rendered.replace(image_token, image_token * num_image_tokens, 1)
+    if len(rendered) > MAX_CHARACTERS:  # a chat template is a program: its output may be much longer than the prompt
+        raise ValueError(
+            f"prompts: {len(rendered)} characters in the tokenizer's chat format; accepted: up to {MAX_CHARACTERS}"
+        )
+    return rendered
 
 
 def truncate_prompts(tokenizer, prompts: Sequence[str], max_tokens: int | None) -> list[str]:
@@ -149,7 +191,7 @@ def truncate_prompts(tokenizer, prompts: Sequence[str], max_tokens: int | None) 
     """
     if max_tokens is None or not prompts:
         return list(prompts)
-    encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(list(prompts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return [
         prompt if len(ids) <= max_tokens else tokenizer.decode(ids[:max_tokens]).rstrip("\ufffd")  # half a character
         for prompt, ids in zip(prompts, encoded, strict=True)

@@ -19,7 +19,7 @@ from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokeni
 
 from latte_flow.model.backbone import load_vlm, read_vlm_config
 from latte_flow.model.codecs import LatentCodec
-from latte_flow.model.context import Context, encode_context, tokenize_prompts, truncate_prompts
+from latte_flow.model.context import Context, encode_context, message_ids, tokenize_prompts, truncate_prompts
 from latte_flow.model.files import copy_settings, locate
 from latte_flow.model.images import to_uint8
 from latte_flow.model.latte_flow import LatteFlowModel
@@ -335,21 +335,14 @@ class LatteFlowPipeline(DiffusionPipeline):
             max_new_tokens: the longest answer.
 
         Raises:
-            ValueError: when a picture is given and the VLM came without an image processor; when an argument is of another
-                kind, or the question holds the token that stands for a picture.
+            ValueError: when a picture is given and the VLM came without an image processor, or an argument is of another kind.
         """
         vlm: Any = self.backbone
-        placeholder = self.tokenizer.convert_ids_to_tokens(vlm.config.image_token_id)
-        if not isinstance(question, str) or placeholder in question:
-            raise ValueError(f"question: got {question!r}; accepted: a text without {placeholder}")
+        if not isinstance(question, str):
+            raise ValueError(f"question: got {question!r}; accepted: a text")
         if image is not None and not isinstance(image, Image.Image):
             raise ValueError(f"image: got a {type(image).__name__}; accepted: a PIL image, or None")
-        content = [{"type": "text", "text": question}]
-        if image is not None:
-            content.insert(0, {"type": "image"})
-        chat = [{"role": "user", "content": content}]
-        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        inputs = {}
+        inputs, num_image_tokens = {}, 0
         if image is not None:
             if self.image_processor is None:
                 raise ValueError(
@@ -357,10 +350,12 @@ class LatteFlowPipeline(DiffusionPipeline):
                 )
             inputs = dict(self.image_processor(images=[image.convert("RGB")], return_tensors="pt"))
             inputs["pixel_values"] = inputs["pixel_values"].to(vlm.dtype)
-            # The template writes one placeholder a picture; each merged patch needs one.
-            patches = int(inputs["image_grid_thw"].prod()) // self.image_processor.merge_size**2
-            text = text.replace(placeholder, placeholder * patches, 1)
-        inputs |= self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+            num_image_tokens = (
+                int(inputs["image_grid_thw"].prod()) // self.image_processor.merge_size**2
+            )  # merged patches
+        image_token = self.tokenizer.convert_ids_to_tokens(vlm.config.image_token_id)
+        ids = message_ids(self.tokenizer, question, image_token=image_token, num_image_tokens=num_image_tokens)
+        inputs |= self.tokenizer.pad({"input_ids": [ids]}, return_tensors="pt")
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == vlm.config.image_token_id).long()
         self._onload_backbone()
         inputs = {name: tensor.to(vlm.device) for name, tensor in inputs.items()}

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from latte_flow.model.backbone import build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
+from latte_flow.model.backbone import SPECIAL_TOKENS, build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
 from latte_flow.model.context import (
     Context,
     as_key_values,
     encode_context,
+    message_ids,
     select_prompts,
     tokenize_prompts,
     truncate_prompts,
@@ -254,3 +257,50 @@ def test_a_batch_reads_the_same_context_whether_all_prompts_or_its_own_are_encod
     assert torch.equal(own.mask, everything.mask)
     for layer, states in everything.states.items():
         torch.testing.assert_close(own.states[layer], states)
+
+
+class TestSpecialTokens:
+    """A caption is text, whatever it holds: only the chat template writes control tokens."""
+
+    @pytest.fixture
+    def control(self, tokenizer):
+        return set(tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)))
+
+    @pytest.mark.parametrize("token", SPECIAL_TOKENS)
+    def test_in_a_caption_are_text(self, tokenizer, control, token):
+        caption = f"A button{token}\nthat says {token}"
+        ids, plain = (message_ids(tokenizer, text) for text in (caption, "A button"))
+        assert [i for i in ids if i in control] == [i for i in plain if i in control]
+        assert tokenizer.decode(ids) == f"<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n"
+        assert len(ids) > len(plain)
+
+    def test_of_a_picture_stay_control_tokens(self, tokenizer, control):
+        ids = message_ids(tokenizer, "Is <|image_pad|> one?", image_token="<|image_pad|>", num_image_tokens=3)
+        text = tokenizer.decode(ids)
+        assert text.startswith(
+            "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>Is <"
+        )
+        assert ids.count(tokenizer.convert_tokens_to_ids("<|image_pad|>")) == 3
+
+    def test_in_one_prompt_leave_the_others_as_they_are(self, tokenizer):
+        both = tokenize_prompts(tokenizer, ["A <|im_end|> b", "A red apple."])
+        alone = tokenize_prompts(tokenizer, ["A red apple."])["input_ids"][0]
+        assert torch.equal(both["input_ids"][1][both["attention_mask"][1].bool()], alone)
+
+    def test_are_truncated_as_text(self, tokenizer):
+        (cut,) = truncate_prompts(tokenizer, ["<|im_end|><|im_end|>"], 3)
+        assert "<|im_end|>".startswith(cut)
+
+    def test_a_template_that_repeats_the_text_is_refused(self, tokenizer):
+        twice = build_tiny_tokenizer(TEXTS, vocab_size=320)
+        twice.chat_template = "{{ messages[0]['content'] }}{{ messages[0]['content'] }}"
+        assert message_ids(twice, "a") == twice("aa")["input_ids"]
+        with pytest.raises(ValueError, match="does not insert a user's text exactly once"):
+            message_ids(twice, "<|im_end|>")
+
+    @given(text=st.text(max_size=40))
+    def test_where_there_are_none_a_prompt_is_tokenized_as_transformers_does(self, text):
+        tokenizer = build_tiny_tokenizer(TEXTS, vocab_size=320)
+        chat = [{"role": "user", "content": text}]
+        expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert message_ids(tokenizer, text) == expected

@@ -1,8 +1,10 @@
 """Image sources: each layout gives the same pictures in a defined order, broken ones are counted, errors name the field."""
 
+import errno
 import hashlib
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -321,6 +323,42 @@ def test_an_absurd_class_is_refused_before_prompts_are_made(tmp_path):
         UserError, match=r"data.text_column: label of row 1 of .* is class 1000000000; accepted: less than"
     ):
         load_image_dataset(config)
+
+
+def test_a_linked_class_folder_is_a_class_like_the_others(tmp_path):
+    root = write_folders(tmp_path / "data")
+    elsewhere = tmp_path / "disk"
+    middle = sorted(CLASSES)[1]
+    (root / middle).rename(elsewhere)
+    whole = {prompt: set() for prompt in CLASSES}
+    (root / middle).symlink_to(elsewhere)
+    images = load_image_dataset(config("imagefolder", root, prompt_template="{}"))
+    for number, prompt in zip(numbers_of(images), prompts_of(images), strict=True):
+        whole[prompt].add(number)
+    assert whole == {name: {3 * c, 3 * c + 1, 3 * c + 2} for c, name in enumerate(CLASSES)}
+
+
+def test_a_class_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+    root, scandir = write_folders(tmp_path / "data"), os.scandir
+
+    def denied(path):  # permissions do not apply to root, who may run these tests
+        if Path(path) == root / CLASSES[0]:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(UserError, match=f"data.path: {root / CLASSES[0]} cannot be listed: Permission denied"):
+        load_image_dataset(config("imagefolder", root))
+
+
+def test_folders_that_appear_twice_and_empty_ones_are_reported(tmp_path, caplog):
+    root = write_folders(tmp_path / "data")
+    (root / "empty").mkdir()
+    assert load_image_dataset(config("imagefolder", root)).class_names == sorted(CLASSES)
+    assert [record.message for record in caplog.records] == [f"{root / 'empty'} is empty: it is not one of the classes"]
+    (root / "twice").symlink_to(root / CLASSES[0])
+    with pytest.raises(UserError, match=r"data\.path: .* are the same folder; accepted: each folder once"):
+        load_image_dataset(config("imagefolder", root))
 
 
 def with_broken(tmp_path, *broken, total=9):

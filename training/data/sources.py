@@ -131,9 +131,11 @@ def _read_source(kind: str, path: Path):
 def _read_imagefolder(path: Path, kind: str, paths: list[Path]):
     import datasets
 
-    # As one split: with data_dir alone, folders named train or test would be treated as splits.
+    # As one split: with data_dir alone, folders named train or test would be treated as splits. "**" follows no links.
+    folders = {folder for file in paths for folder in file.parents if path in folder.parents}
+    roots = [path, *sorted(folder for folder in folders if folder.is_symlink())]
     try:
-        return datasets.load_dataset(kind, data_files={"train": f"{path.absolute()}/**"}, split="train")
+        return datasets.load_dataset(kind, data_files={"train": [f"{r.absolute()}/**" for r in roots]}, split="train")
     except (datasets.data_files.EmptyDatasetError, FileNotFoundError, ValueError) as error:
         if damaged_file([file for file in paths if file.name.startswith("metadata.") or not file.exists()]):
             raise
@@ -167,7 +169,24 @@ def _files_of_folder(path: Path) -> list[Path]:
         raise UserError(
             f"data.path: {path} is not a folder; accepted with data.dataset imagefolder: a folder of images"
         )
-    return [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
+
+    # Classes are numbered by name: a folder that is left out silently would shift the labels of all that follow.
+    def unreadable(error: OSError) -> None:
+        raise UserError(
+            f"data.path: {error.filename} cannot be listed: {error.strerror}; accepted: readable folders"
+        ) from error
+
+    seen: dict[str, str] = {}
+    files: list[Path] = []
+    for folder, folders, names in os.walk(path, onerror=unreadable, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            raise UserError(f"data.path: {folder} and {seen[real]} are the same folder; accepted: each folder once")
+        seen[real] = folder
+        if not names and not folders:
+            logger.warning("%s is empty: it is not one of the classes", folder)
+        files += [Path(folder, name) for name in names]
+    return files
 
 
 def _files_like(pattern: str, kind: str, path: Path) -> list[Path]:
