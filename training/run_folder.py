@@ -1,10 +1,12 @@
 """The output_dir of a run: its allowed content at the start, the checkpoint to start from, the files written before step 1."""
 
+import hashlib
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from latte_flow.model.backbone import build_tiny_image_processor, load_image_processor
+from latte_flow.model.backbone import build_tiny_image_processor, checkpoint_folder, load_image_processor
+from latte_flow.model.codecs import apply_preset
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.training.checkpoint.formats.source import EXPORT_FILE, read_export_record, require_export_record
 from latte_flow.training.checkpoint.formats.universal import UniversalSource
@@ -16,12 +18,14 @@ from latte_flow.training.checkpoint.manifest import (
     named_checkpoints,
     read_manifest,
 )
-from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE, save_components
+from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, save_components
 from latte_flow.training.checkpoint.opening import OpenedCheckpoint
 from latte_flow.training.checkpoint.store import newest_valid
 from latte_flow.training.components import Components
 from latte_flow.training.configs.fields import RESUME_AUTO, RESUME_NEVER, TrainingConfig
 from latte_flow.training.configs.saved import CONFIG_FILE, differences, load_config, portable_config, save_config
+from latte_flow.training.data.record import DataRecord
+from latte_flow.training.distributed.collectives import agree, is_first_rank
 from latte_flow.training.durable import PARTIAL
 from latte_flow.training.errors import UserError
 from latte_flow.training.monitor.preemption import REQUEUE_FILE, STOP_FILE
@@ -32,6 +36,11 @@ MAY_BE_THERE = (STOP_FILE, REQUEUE_FILE, LOCK_FILE, CONFIG_FILE + PARTIAL)
 """Name prefixes of the files that the output_dir of a new run may already hold."""
 NETWORK_FIELDS = ("model.", "vlm.", "codec.")
 """Prefixes of the fields that must match when a run starts from another run's checkpoint."""
+
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "added_tokens.json", "special_tokens_map.json", "chat_template*")
+CODEC_FILES = ("config.json", "*.safetensors", "*.bin", "*.index.json")
+MODEL_FILES = ("config.json", PIPELINE_FILE, f"{TOKENIZER_FOLDER}/*", f"{VLM_FOLDER}/*")
+"""Files on record of the folders at vlm.path (pipeline.json has the fingerprint of its weights) and codec.path, and of model/."""
 
 
 def check_output_dir(config: TrainingConfig) -> None:
@@ -169,6 +178,67 @@ def components_folder(config: TrainingConfig, start: Origin | OpenedCheckpoint |
     if start is None or start.components is None or (own / PIPELINE_FILE).is_file():
         return own
     return start.components
+
+
+def hash_files(config: TrainingConfig, *, own: bool) -> dict[str, str]:
+    """Return the SHA-256 of the files that shape the prompts, latents and samples of a run, as "codec.path/config.json".
+
+    The decoder is among them: a change would show in the sample grids and in all samples drawn from the run.
+
+    Args:
+        config: the run.
+        own: whether to return those in model/, or those at vlm.path and codec.path; the latter must have been loaded, so that
+            hub ids are in the local cache.
+    """
+    codec, folders = config.codec, {}
+    if own:
+        folders[MODEL_FOLDER] = Path(config.output_dir) / MODEL_FOLDER, MODEL_FILES
+    if not own and config.vlm.path is not None:
+        folders["vlm.path"] = checkpoint_folder(config.vlm.path), TOKENIZER_FILES
+    if not own and codec.kind == "dc-ae":
+        path, _ = apply_preset(codec.preset, codec.path, codec.scaling_factor)
+        folders["codec.path"] = checkpoint_folder(str(path)), CODEC_FILES
+    digests = {}
+    for name, (folder, patterns) in folders.items():
+        for file in sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file()):
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            digests[f"{name}/{file.relative_to(folder).as_posix()}"] = digest
+    return digests
+
+
+def check_files(config: TrainingConfig, record: DataRecord, *, own: bool) -> None:
+    """Compare the files of a run that resumes with those on record. Collective: rank 0 reads them.
+
+    Args:
+        config: the run.
+        record: its record; anything is accepted if it has no files.
+        own: as in ``hash_files``.
+
+    Raises:
+        UserError: on every rank, when they differ.
+    """
+    if record.files is not None:
+        record.check_files(agree(hash_files(config, own=own) if is_first_rank() else {}), own=own)
+
+
+def origin_differences(config: TrainingConfig, origin: Origin, record: DataRecord) -> list[str]:
+    """Return one line for each difference of a new run from the one it starts from. Collective, as ``check_files``."""
+    files = agree(hash_files(config, own=False) if is_first_rank() else {})
+    changes = differences(load_config(origin.config_file), config)
+    return changes + record.differences_from(origin.config_file.with_name(DATA_FILE), files)
+
+
+def record_start(config: TrainingConfig, record: DataRecord, step: int) -> None:
+    """Write what may have changed with this start of the run: fields such as max_steps, and what it reads. Rank 0 only.
+
+    Args:
+        config: the run.
+        record: its record.
+        step: number of optimizer steps done.
+    """
+    save_config(config, Path(config.output_dir) / CONFIG_FILE)
+    record.update(step, record.files or hash_files(config, own=True) | hash_files(config, own=False))
 
 
 def write_components(config: TrainingConfig, components: Components, model: LatteFlowModel) -> None:

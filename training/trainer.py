@@ -31,7 +31,7 @@ from latte_flow.training.components import (
 )
 from latte_flow.training.configs.deepspeed import load_deepspeed_config
 from latte_flow.training.configs.fields import TrainingConfig
-from latte_flow.training.configs.saved import CONFIG_FILE, differences, load_config, save_config, to_yaml
+from latte_flow.training.configs.saved import to_yaml
 from latte_flow.training.data.datasets import load_image_dataset
 from latte_flow.training.data.loader import make_loader
 from latte_flow.training.data.record import DataRecord
@@ -51,10 +51,13 @@ from latte_flow.training.objectives.flow_matching import Batch, FlowMatchingSamp
 from latte_flow.training.optimizer import build_optimizer, learning_rate
 from latte_flow.training.run_folder import (
     DATA_FILE,
+    check_files,
     check_output_dir,
     components_folder,
     find_origin,
     find_run_id,
+    origin_differences,
+    record_start,
     write_components,
 )
 from latte_flow.training.run_lock import RunLock
@@ -100,7 +103,9 @@ class Trainer:
         images = load_image_dataset(config.data)
         data_record = DataRecord(images, self.output_dir / DATA_FILE, allow_changed=config.data.allow_changed)
         data_record.verify()
+        check_files(config, data_record, own=True)
         components = build_components(config, images, components_folder(config, self.origin or initial))
+        check_files(config, data_record, own=False)
         self.layout = make_batch_layout(
             config,
             num_groups=components.model_config.num_groups,
@@ -122,8 +127,9 @@ class Trainer:
         self.model: LatteFlowModel = self.engine.module
         self.samples = self._make_samples(images, components)
         self._make_monitors(len(images.prompts))
-        self.step = self._resume()
-        self._record_start(data_record)
+        self.step = self._resume(data_record)
+        if self.rank == 0:
+            record_start(config, data_record, self.step)
         self.writer = MetricsWriter(self.output_dir, self.step) if self.rank == 0 else None
         print_once(describe_run(self.model, images, self.ranks, self.layout))
 
@@ -157,7 +163,7 @@ class Trainer:
             run_id=config.run_id,
         )
 
-    def _resume(self) -> int:
+    def _resume(self, data_record: DataRecord) -> int:
         """Load the checkpoint to resume from and return its step, or 0 if there is none. Collective."""
         path = self.checkpoints.newest_valid()
         if path is not None:
@@ -172,15 +178,9 @@ class Trainer:
         if self.origin is None:
             return 0
         path = self.origin.newest_checkpoint()
-        changes = differences(load_config(self.origin.config_file), self.config)
+        changes = origin_differences(self.config, self.origin, data_record)
         print_once(f"a new run from {path}" + "".join(f"; {change}" for change in changes))
         return self.checkpoints.load(self.engine, path, same_run=False)["step"]
-
-    def _record_start(self, data_record: DataRecord) -> None:
-        """Write what may have changed with this start of the run: fields such as max_steps, and the data record."""
-        if self.rank == 0:
-            save_config(self.config, self.output_dir / CONFIG_FILE)
-            data_record.update(self.step)
 
     def train(self) -> bool:
         """Train up to ``max_steps``; the last step writes a checkpoint and a sample grid.

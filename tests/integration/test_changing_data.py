@@ -73,3 +73,23 @@ def test_a_run_goes_on_with_changed_data_only_when_it_is_allowed(command, tmp_pa
     now = json.loads((run.output_dir / "data.json").read_text())
     assert now["length"] == 41
     assert now["before"] == [recorded | {"until_step": 2}]
+
+
+def test_a_run_whose_own_files_have_changed_is_refused_and_one_without_their_record_is_not(command, tmp_path):
+    run = command.train(ranks=2, max_steps=2, **SMALL)
+    record, pipeline = run.output_dir / "data.json", run.output_dir / "model" / "pipeline.json"
+    recorded, names = json.loads(record.read_text()), pipeline.read_text()
+    pipeline.write_text(names.replace('"three"', '"eight"'))
+    refused = command.train(ranks=2, max_steps=4, output_dir=run.output_dir, code=2, **SMALL)
+    assert_refused(refused.finished, "model/pipeline.json", "has changed since this run was started", "as they were")
+
+    pipeline.write_text(names)
+    older = {name: recorded[name] for name in ("name", "length", "fingerprint")}
+    record.write_text(json.dumps(older))
+    command.train(max_steps=4, output_dir=run.output_dir, **SMALL)  # on another number of ranks, too
+    assert column(run.output_dir, "step") == [1, 2, 3, 4]
+    assert json.loads(record.read_text()) == recorded
+
+    fields = {"resume": run.output_dir, "data__prompt_template": "The digit {}."}
+    new = command.train(max_steps=6, output_dir=tmp_path / "new", **fields, **SMALL)
+    assert "the prompts of digits have changed since that run was started" in new.finished.output

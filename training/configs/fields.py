@@ -121,7 +121,7 @@ class DataConfig:
         condition_drop: fraction of samples whose prompt is replaced by the null prompt (paper: 0.1).
         horizontal_flip: whether half of the images are mirrored.
         num_workers: data worker processes per rank; 0 prepares batches in the training process.
-        allow_changed: resume a run even if its data changed since it was started; data.json then lists both versions.
+        allow_changed: resume a run even if its data or prompts changed since it was started; data.json then lists both.
     """
 
     dataset: Literal["digits", "imagefolder", "parquet", "webdataset", "saved", "latents"] = "digits"
