@@ -34,8 +34,8 @@ from latte_flow.model.codecs import LatentCodec, apply_preset, load_codec
 from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.context import tokenize_prompts, truncate_prompts
 from latte_flow.model.latte_flow import LatteFlowModel
-from latte_flow.model.partition import check_tensor_parallel
 from latte_flow.model.settings import read_settings
+from latte_flow.model.tensor_split import check_tensor_parallel
 from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, PipelineConfig
 from latte_flow.training.checkpoint.opening import OpenedCheckpoint
 from latte_flow.training.configs.fields import TrainingConfig

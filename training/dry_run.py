@@ -17,7 +17,7 @@ from latte_flow.model.codecs import DCAECodec, LatentCodec
 from latte_flow.model.context import Context, encode_context
 from latte_flow.model.flow_matching import flow_matching_loss
 from latte_flow.model.latte_flow import LatteFlowModel
-from latte_flow.model.partition import partition_dim
+from latte_flow.model.tensor_split import partition_dim
 from latte_flow.training.components import MetaComponents, build_meta_components, compute_dtype
 from latte_flow.training.configs.deepspeed import deepspeed_file, load_deepspeed_config
 from latte_flow.training.configs.fields import Assumptions, TrainingConfig

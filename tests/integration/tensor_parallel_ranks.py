@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from latte_flow.model.context import encode_context
 from latte_flow.model.latte_flow import LatteFlowModel
-from latte_flow.model.partition import partition_dim, take_part
+from latte_flow.model.tensor_split import partition_dim, take_part
 from latte_flow.training.distributed.ranks import Ranks, arrange_ranks
 from tests.tiny import make_model, make_vlm, noise, text_prompts
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.latte_flow import LatteFlowModel
-from latte_flow.model.partition import partition_dim, take_part
+from latte_flow.model.tensor_split import partition_dim, take_part
 from latte_flow.training.checkpoint.formats.zero_shards import ZeroShards
 from latte_flow.training.checkpoint.io import safe_unpickling
 from latte_flow.training.checkpoint.opening import read_weights

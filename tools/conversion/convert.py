@@ -10,7 +10,7 @@ import torch
 
 from latte_flow.model.configuration import LatteFlowConfig, load_network_config
 from latte_flow.model.latte_flow import LatteFlowModel
-from latte_flow.model.partition import check_tensor_parallel
+from latte_flow.model.tensor_split import check_tensor_parallel
 from latte_flow.tools.command_line import check_paths
 from latte_flow.tools.conversion.components import copy_components, copy_tokenizer, report_left_out
 from latte_flow.tools.conversion.megatron_gpt import compare_megatron_gpt, write_megatron_gpt

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
-from latte_flow.model.partition import take_part
+from latte_flow.model.tensor_split import take_part
 from latte_flow.tools.conversion.writers import write_megatron_rank
 from latte_flow.training.checkpoint.formats.source import load_torch_file
 from latte_flow.training.checkpoint.formats.torch_files import RANK_FILE, find_iteration

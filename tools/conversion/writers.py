@@ -13,7 +13,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latte_flow.model.partition import take_part
+from latte_flow.model.tensor_split import take_part
 from latte_flow.training.checkpoint.formats import safetensors_files, torch_files
 from latte_flow.training.checkpoint.formats.source import MODEL, WeightSource
 from latte_flow.training.checkpoint.formats.torch_dcp import COMMON_FILE, MEGATRON_CONFIG, MEGATRON_FILE, quiet_dcp

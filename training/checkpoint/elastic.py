@@ -11,7 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from latte_flow.model.partition import take_part, whole_shape
+from latte_flow.model.tensor_split import take_part, whole_shape
 from latte_flow.training.checkpoint.formats.source import MODEL, WeightSource
 from latte_flow.training.distributed.zero import holds_part, prepare_optimizer_state, refresh_model_weights, write_state
 from latte_flow.training.errors import UserError

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from latte_flow.model.latte_flow import LatteFlowModel
-from latte_flow.model.partition import whole_shape
+from latte_flow.model.tensor_split import whole_shape
 from latte_flow.training.errors import UserError
 
 # tensor_parallel.py is imported where it is used: megatron-core takes seconds to import, and most runs do not need it.

@@ -1,4 +1,4 @@
-"""Tensor parallelism with megatron-core: its process groups, and its linears in place of those listed in model/partition.py.
+"""Tensor parallelism with megatron-core: its process groups, and its linears in place of those listed in model/tensor_split.py.
 
 A layer's projections to heads and hidden units are split by outputs (ColumnParallelLinear), the projections back by inputs
 (RowParallelLinear, which sums the ranks' outputs). In between, each rank computes its own heads and units without communication.
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from latte_flow.model.latte_flow import LatteFlowModel
-from latte_flow.model.partition import partition_dim, take_part
+from latte_flow.model.tensor_split import partition_dim, take_part
 
 with warnings.catch_warnings():
     # Each module warns that Transformer Engine and Apex, which are not used, are missing.

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from latte_flow.model.files import read_index
-from latte_flow.model.partition import join_parts, whole_shape
+from latte_flow.model.tensor_split import join_parts, whole_shape
 from latte_flow.training.checkpoint.formats.safetensors_files import NUMBER
 from latte_flow.training.checkpoint.formats.source import TensorInfo, WeightSource, load_torch_file
 

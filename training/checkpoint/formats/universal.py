@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latte_flow.model.partition import join_parts
+from latte_flow.model.tensor_split import join_parts
 from latte_flow.training.checkpoint.formats.source import (
     TensorInfo,
     TrainingState,

@@ -17,7 +17,7 @@ from deepspeed.checkpoint import constants
 from deepspeed.utils import zero_to_fp32
 from torch import Tensor
 
-from latte_flow.model.partition import join_parts, whole_shape
+from latte_flow.model.tensor_split import join_parts, whole_shape
 from latte_flow.training.checkpoint.formats.source import TensorInfo, check_counters
 
 OPTIMIZER_SUFFIX = "_optim_states.pt"

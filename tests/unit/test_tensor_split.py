@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latte_flow.model.partition import check_tensor_parallel, join_parts, partition_dim, take_part
+from latte_flow.model.tensor_split import check_tensor_parallel, join_parts, partition_dim, take_part
 from tests.tiny import make_model, make_vlm, vlm_config
 
 
