@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from pathlib import Path
 
 from latte_flow.training.errors import UserError
@@ -55,15 +56,42 @@ def _names_from_file(path: Path, own: list[str]) -> list[str]:
             f"data.class_names: {path} not found; accepted: {IMAGENET}, or a text file with one name per line"
         )
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")  # without a byte order mark, which editors on Windows write
     except (OSError, ValueError) as error:  # unreadable, or not text
         raise UserError(f"data.class_names: {path} cannot be read: {error}; accepted: a text file in UTF-8") from error
-    keyed = {key: rest.split(",")[0].strip() for key, _, rest in (line.partition(" ") for line in lines)}
-    if all(name in keyed and keyed[name] for name in own):
-        return [keyed[name] for name in own]
-    if len(lines) != len(own):
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    names = _names_of_mapping(path, lines, own) or lines
+    if len(names) != len(own):
         raise UserError(
             f"data.class_names: {path} has {len(lines)} lines for {len(own)} classes; accepted: one name per line in the "
             "order of the classes, or a line 'FOLDER name' for each of them"
         )
-    return lines
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        logger.warning("%s: several classes have the same name, and so the same prompt: %s", path, ", ".join(repeated))
+    return names
+
+
+def _names_of_mapping(path: Path, lines: list[str], own: list[str]) -> list[str] | None:
+    """Return the names in a file with lines "OWN_NAME name, synonyms"; None if its lines are names.
+
+    Raises:
+        UserError: when a class has no line. Taken for names, the lines would be wrong prompts.
+    """
+    words = [line.split(maxsplit=1) for line in lines]
+    keyed = {key: rest[0].split(",")[0].strip() if rest else "" for key, *rest in words}
+    missing = [name for name in own if not keyed.get(name)]
+    if not missing:
+        return [keyed[name] for name in own]
+    by_wnid = any(WNID.fullmatch(key) for key in keyed)
+    if by_wnid and set(own) <= set(
+        keyed.values()
+    ):  # latents whose classes were named by this file when they were encoded
+        return own
+    partial = len(missing) < len(own) and all(len(line) > 1 for line in words)
+    if by_wnid or partial:
+        more = f" and {len(missing) - 1} more of the {len(own)} classes" if missing[1:] else ""
+        raise UserError(
+            f"data.class_names: {path} has no name for {missing[0]}{more}; accepted: a line 'FOLDER name' for each class, or one "
+            "name per line in the order of the classes"
+        )
+    return None

@@ -8,6 +8,7 @@ Shapes: n rows of a shard, C latent channels, (H, W) latent size.
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,12 @@ class LatentWriter:
             for name in latent_columns(self.settings["flips"])
         }
         names = self.settings["class_names"]
-        columns |= {"text": datasets.Value("string")} if names is None else {"label": datasets.ClassLabel(names=names)}
+        if names is None:
+            columns["text"] = datasets.Value("string")
+        else:  # ImageNet has two classes named crane; datasets refuses that
+            counts = Counter(names)
+            distinct = [name if counts[name] == 1 else f"{name} ({row})" for row, name in enumerate(names)]
+            columns["label"] = datasets.ClassLabel(names=distinct)
         return datasets.Features(columns | {"index": datasets.Value("int64")})
 
     def write_shard(
