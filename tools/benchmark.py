@@ -278,8 +278,6 @@ def _train(config: TrainingConfig, steps: int) -> dict:
         trainer.train_step(batches, report_gradients=False)
     get_accelerator().synchronize()
     elapsed = time.perf_counter() - start
-    if trainer.writer:
-        trainer.writer.close()
     assumed = Assumptions(gpus=dist.get_world_size(), num_prompts=len(CLASSES) + 1)
     return {
         "ranks": assumed.gpus,

@@ -27,6 +27,7 @@ from latte_flow.training.configs.parser import parse_command
 from latte_flow.training.distributed.ranks import start_alone_without_launcher
 from latte_flow.training.dry_run import dry_run, format_table
 from latte_flow.training.errors import exit_code
+from latte_flow.training.monitor.logs import protect_output
 from latte_flow.training.monitor.preemption import EXIT_STOPPED
 from latte_flow.training.monitor.progress import hide_library_bars
 from latte_flow.training.trainer import Trainer
@@ -38,6 +39,7 @@ def main() -> None:
     if command.dry_run:
         print(format_table(command.config, dry_run(command.config, command.assume), command.assume))
         return
+    protect_output()
     if command.config.tensor_parallel > 1:
         # megatron-core overlaps a gradient all-reduce with a matrix product; this relies on kernels starting in launch order.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
