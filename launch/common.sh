@@ -84,7 +84,7 @@ setup_environment() {
     export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions}
 }
 
-# Without a GPU, DeepSpeed runs on the CPU and compiles a small communication operator at the first start.
+# Without a GPU, DeepSpeed runs on the CPU.
 setup_accelerator() {
     local gpus=
     if [ "${DS_ACCELERATOR:-}" != cpu ] && command -v nvidia-smi >/dev/null; then
@@ -100,7 +100,6 @@ setup_accelerator() {
     export DS_ACCELERATOR=cpu
     # Waiting OpenMP threads sleep. By default they spin and take the core from the thread they wait for.
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-    command -v g++ >/dev/null || fail "g++ not found; DeepSpeed on the CPU compiles an operator (Debian: apt-get install g++)"
 }
 
 if [ -n "${LATTE_FLOW_PYTHON:-}" ]; then

@@ -20,11 +20,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -50,6 +50,7 @@ from latte_flow.training.data.loader import make_loader
 from latte_flow.training.distributed.batch_layout import BatchLayout
 from latte_flow.training.distributed.collectives import agree, is_first_rank
 from latte_flow.training.distributed.ranks import start_alone_without_launcher
+from latte_flow.training.distributed.rendezvous import connect
 from latte_flow.training.dry_run import dry_run
 from latte_flow.training.monitor.launcher import launchers
 from latte_flow.training.monitor.progress import hide_library_bars
@@ -227,7 +228,7 @@ def benchmark_train(size: str, batch_size: int, steps: int) -> list[dict]:
     """Train some steps on pre-encoded latents with the real trainer; the targets come from the dry run."""
     start_alone_without_launcher()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed()
+    connect(timedelta(minutes=30))
     first = is_first_rank()
     work, arguments = "", []
     if first:
@@ -278,8 +279,6 @@ def _train(config: TrainingConfig, steps: int) -> dict:
         trainer.train_step(batches, report_gradients=False)
     get_accelerator().synchronize()
     elapsed = time.perf_counter() - start
-    if trainer.writer:
-        trainer.writer.close()
     assumed = Assumptions(gpus=dist.get_world_size(), num_prompts=len(CLASSES) + 1)
     return {
         "ranks": assumed.gpus,

@@ -26,6 +26,7 @@ from latte_flow.model.sampling import SOLVERS, image_seeds
 from latte_flow.tools.command_line import check_paths, check_positive, run_function
 from latte_flow.training.checkpoint.opening import WEIGHTS, find_checkpoint, is_pipeline, load_pipeline
 from latte_flow.training.distributed.collectives import agree, gather
+from latte_flow.training.distributed.rendezvous import INIT_METHOD
 from latte_flow.training.errors import UserError
 from latte_flow.training.monitor.progress import hide_library_bars, progress_bar
 
@@ -84,7 +85,8 @@ def sample(
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
-        dist.init_process_group("gloo", timeout=timedelta(hours=4))  # ranks exchange only lines of text, at the end
+        # Ranks exchange only lines of text, at the end.
+        dist.init_process_group("gloo", init_method=INIT_METHOD, timeout=timedelta(hours=4))
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     hide_library_bars()

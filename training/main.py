@@ -18,15 +18,16 @@ from latte_flow.training.monitor.launcher import launchers
 STARTED_BY = launchers()
 
 # ruff: noqa: E402
-import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 
 from latte_flow.training.configs.parser import parse_command
 from latte_flow.training.distributed.ranks import start_alone_without_launcher
+from latte_flow.training.distributed.rendezvous import connect
 from latte_flow.training.dry_run import dry_run, format_table
 from latte_flow.training.errors import exit_code
+from latte_flow.training.monitor.logs import protect_output
 from latte_flow.training.monitor.preemption import EXIT_STOPPED
 from latte_flow.training.monitor.progress import hide_library_bars
 from latte_flow.training.trainer import Trainer
@@ -38,6 +39,7 @@ def main() -> None:
     if command.dry_run:
         print(format_table(command.config, dry_run(command.config, command.assume), command.assume))
         return
+    protect_output()
     if command.config.tensor_parallel > 1:
         # megatron-core overlaps a gradient all-reduce with a matrix product; this relies on kernels starting in launch order.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -47,7 +49,7 @@ def main() -> None:
     # DeepSpeed creates its own process groups, which use torch's default timeouts.
     patience = command.config.health.patience
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = patience
-    deepspeed.init_distributed(timeout=patience)
+    connect(patience)
     hide_library_bars()
     finished = Trainer(command.config, STARTED_BY).train()
     # Not in a finally: after an error on one rank, NCCL would wait for ranks stuck in a collective before the traceback prints.

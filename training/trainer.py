@@ -17,7 +17,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latte_flow.model.flow_matching import flow_matching_loss, interpolate
-from latte_flow.model.images import to_pil
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.training.checkpoint.manifest import CHECKPOINTS_FOLDER, step_name
 from latte_flow.training.checkpoint.store import CheckpointStore
@@ -41,6 +40,7 @@ from latte_flow.training.distributed.ranks import arrange_ranks
 from latte_flow.training.errors import UserError
 from latte_flow.training.initial_weights import find_initial_weights
 from latte_flow.training.monitor.health import StepHealth
+from latte_flow.training.monitor.logs import failed_logs
 from latte_flow.training.monitor.metrics import LossMeter, MetricsWriter, expert_gradient_norms
 from latte_flow.training.monitor.preemption import StopRequest
 from latte_flow.training.monitor.progress import progress_bar
@@ -240,8 +240,6 @@ class Trainer:
     def _finish(self, stopped: bool) -> None:
         """Shut the run down cleanly, whether it finished or was stopped. Collective."""
         self.watchdog.stop()
-        if self.writer:
-            self.writer.close()
         self.stop.finish(stopped=stopped)
         self.lock.release()
         if stopped:
@@ -354,6 +352,7 @@ class Trainer:
                 "samples": self.step * self.config.global_batch_size,
                 "skipped_steps": self.engine.skipped_steps,
                 "failed_saves": self.checkpoints.failed_saves,
+                "failed_logs": failed_logs(),
                 **health,
                 **ranks,
             }
@@ -367,11 +366,7 @@ class Trainer:
         self._enter("sampling")
         grid = self.grid.draw(self.engine)
         if self.writer:
-            path = self.output_dir / "samples" / f"{step_name(self.step)}.png"
-            path.parent.mkdir(exist_ok=True)
-            to_pil(grid).save(path)
-            self.writer.image(self.step, "samples", grid)
-            self.writer.flush()
+            self.writer.grid(self.step, grid)
 
     def _save_if_due(self, stopped: bool) -> None:
         """Save a checkpoint if one is due or the run ends; the one at the end must succeed. Collective.

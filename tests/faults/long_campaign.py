@@ -9,18 +9,14 @@ with the weights, losses and sample grids of one that nothing disturbed. What is
 alone: ``long_campaign.py::test_kill[17]`` repeats one run.
 """
 
-import os
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 
 import pytest
 
 from tests.faults.campaign import Campaign, training_arguments
 from tests.faults.launches import choose_port, start_deepspeed
 from tests.faults.plan import SIGNAL_CHAINS, kill_cases, signal_cases
-
-SHARED_MEMORY = Path("/dev/shm")
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +28,6 @@ def campaign(tmp_path_factory, pytestconfig):
         Campaign(start=partial(start_deepspeed, port), arguments=arguments, output=output, report=report)
     ) as campaign:
         yield campaign
-    # On the CPU DeepSpeed leaves 66 MiB a rank and port, which it never takes away.
-    for buffer in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
-        buffer.unlink()
 
 
 def pytest_generate_tests(metafunc):

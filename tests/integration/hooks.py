@@ -8,6 +8,7 @@ import json
 import os
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -106,6 +107,30 @@ def fail_a_write() -> None:
         return write(obj, f, *args, **kwargs)
 
     torch.save = failing
+
+
+def break_logs() -> None:
+    """Fill a disk after a step and free it after a later one; from the first on, standard output is full and printed to.
+
+    BREAK_LOGS holds both steps and the disk, "5 7 /disk".
+    """
+    train_step = Trainer.train_step
+    first, last, disk = os.environ["BREAK_LOGS"].split(" ", 2)
+    filler = Path(disk) / "filler"
+
+    def breaking(self, *args, **kwargs):
+        norms = train_step(self, *args, **kwargs)
+        if self.step == int(first):
+            os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+            with suppress(OSError), filler.open("wb", buffering=0) as stream:
+                while True:
+                    stream.write(bytes(4096))
+        if self.step == int(last):
+            filler.unlink()
+        print(f"step {self.step}", flush=True)
+        return norms
+
+    Trainer.train_step = breaking
 
 
 def dump_state() -> None:

@@ -14,6 +14,7 @@ import os
 import runpy
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 600.0
-"""Seconds that any one command line may take: a shared machine, and a first start that compiles DeepSpeed's operator."""
+"""Seconds that any one command line may take, on a shared machine."""
 
 
 @dataclass
@@ -60,6 +61,21 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def listening(process: Path) -> set[tuple[str, int]]:
+    """Return the (address, port) pairs that a process, a folder of /proc, listens on."""
+    found = set()
+    sockets = {os.readlink(link) for link in (process / "fd").iterdir() if link.is_symlink()}
+    for family, table in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
+        for line in (process / "net" / table).read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in sockets:
+                words, port = local.split(":")
+                # Words of four bytes in the machine's order.
+                packed = b"".join(struct.pack("=I", int(words[i : i + 8], 16)) for i in range(0, len(words), 8))
+                found.add((socket.inet_ntop(family, packed), int(port, 16)))
+    return found
 
 
 def run(

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from latte_flow.training.checkpoint.manifest import list_checkpoints, manifest_digest
 from tests.integration.launching import column, metrics
@@ -77,6 +79,31 @@ def test_a_disk_that_fills_up_ends_neither_the_run_nor_the_checkpoint_that_fits(
     assert [path.name for path in list_checkpoints(output / "checkpoints")] == ["step_0000001"]
     assert column(output, "loss") == column(one_rank.output_dir, "loss")
     assert metrics(output)[-1]["failed_saves"] == 1
+
+
+def test_logs_that_cannot_be_written_are_counted_and_training_goes_on(command, small_disk, tmp_path, one_rank):
+    output, elsewhere = small_disk / "run", tmp_path / "checkpoints"
+    shutil.copytree(one_rank.output_dir, output, ignore=shutil.ignore_patterns("checkpoints", "samples"))
+    shutil.copytree(one_rank.checkpoint(4), elsewhere / "step_0000004")
+    (output / "checkpoints").symlink_to(elsewhere)
+    run = command.train(
+        output_dir=output, sample__every=1, hooks=("break_logs",), variables={"BREAK_LOGS": f"5 7 {small_disk}"}
+    )
+    assert "resumed from" in run.finished.output
+    for kind in ("TensorBoard", "a sample grid", "standard output"):
+        assert run.finished.output.count(f"{kind} could not be written: [Errno 28]") == 1
+    drawn = sorted(path.name for path in (output / "samples").iterdir())
+    assert drawn == ["step_0000007.png", "step_0000008.png"]
+    logged = metrics(output)
+    assert [entry["failed_logs"] for entry in logged if entry["step"] <= 4] == [0, 0, 0, 0]
+    assert logged[-1]["failed_logs"] >= 4  # two grids and what TensorBoard would have got
+    losses = {entry["step"]: entry["loss"] for entry in metrics(one_rank.output_dir)}
+    assert [entry["loss"] for entry in logged] == [losses[entry["step"]] for entry in logged]
+    assert {1, 2, 3, 4, 7, 8} <= {entry["step"] for entry in logged}
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 7, 8]
+    assert_weights_equal(run, one_rank, STEPS)
 
 
 class Executes:

@@ -85,6 +85,7 @@ def test_metrics_have_one_line_a_logged_step_with_all_that_is_promised(launched)
         "samples",
         "skipped_steps",
         "failed_saves",
+        "failed_logs",
         "grad_norm_image_io",
     }
     names |= {f"loss_group_{k}" for k in GROUPS} | {f"grad_norm_group_{k}" for k in GROUPS}

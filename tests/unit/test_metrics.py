@@ -116,7 +116,6 @@ def write_run(folder, first: int, last: int, resumed_step: int = 0, **extra) -> 
     writer = MetricsWriter(folder, resumed_step)
     for step in range(first, last + 1):
         writer.scalars(step, {"loss": 1.0 / step, **extra})
-    writer.close()
 
 
 class TestMetricsWriter:
@@ -136,7 +135,7 @@ class TestMetricsWriter:
         content = (tmp_path / "metrics.jsonl").read_text()
         for cut in range(1, len(content.splitlines()[-1]) + 1):
             (tmp_path / "metrics.jsonl").write_text(content[:-cut])
-            MetricsWriter(tmp_path, 3).close()
+            MetricsWriter(tmp_path, 3)
             assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
     @pytest.mark.parametrize("damage", [b"\xff\xfe", b"{}", b"[1]", b'{"step": "2"}', b"no JSON"])
@@ -145,14 +144,13 @@ class TestMetricsWriter:
         file = tmp_path / "metrics.jsonl"
         first, _, third = file.read_bytes().splitlines()
         file.write_bytes(b"\n".join([first, damage, third, b""]))
-        MetricsWriter(tmp_path, 3).close()
+        MetricsWriter(tmp_path, 3)
         assert [line["step"] for line in lines(tmp_path)] == [1, 3]
         assert f"{file}: a damaged line is dropped" in capsys.readouterr().out
 
     def test_numbers_that_are_not_finite_become_null_and_lists_stay_out_of_tensorboard(self, tmp_path):
         writer = MetricsWriter(tmp_path, 0)
         writer.scalars(1, {"loss": float("nan"), "grad_norm": float("inf"), "skipped": [{"step": 1}], "lr": 1.0})
-        writer.close()
         assert lines(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None, "skipped": [{"step": 1}], "lr": 1.0}]
 
     def test_a_new_run_without_a_checkpoint_starts_a_new_file(self, tmp_path):
@@ -173,10 +171,9 @@ class TestMetricsWriter:
         writer.scalars(10, metrics)
         gates = {1: torch.full((3, 2), 0.5), 12: torch.tensor([[-1.0, 0.0]])}
         writer.gates(10, gates)
-        writer.image(10, "samples", np.zeros((4, 6), dtype=np.uint8))
-        writer.image(10, "colour", np.zeros((4, 6, 3), dtype=np.uint8))
+        writer.grid(10, np.zeros((4, 6), dtype=np.uint8))
+        writer.grid(11, np.zeros((4, 6, 3), dtype=np.uint8))
         writer.text("config", "a: 1\nb: 2")
-        writer.close()
 
         events = EventAccumulator(str(tmp_path / "tensorboard"))
         events.Reload()
@@ -195,8 +192,11 @@ class TestMetricsWriter:
         assert {events.Scalars(tag)[0].step for tag in tags["scalars"]} == {10}
         assert sorted(tags["histograms"]) == ["gate/layer_01", "gate/layer_12"]
         assert events.Histograms("gate/layer_01")[0].histogram_value.num == 6
-        assert sorted(tags["images"]) == ["colour", "samples"]
-        assert (events.Images("samples")[0].height, events.Images("samples")[0].width) == (4, 6)
+        assert tags["images"] == ["samples"]
+        assert [(image.step, image.height, image.width) for image in events.Images("samples")] == [
+            (10, 4, 6),
+            (11, 4, 6),
+        ]
         (text,) = (tag for tag in tags["tensors"] if tag.startswith("config"))
         assert b"    a: 1\n    b: 2" in events.Tensors(text)[0].tensor_proto.string_val[0]
 

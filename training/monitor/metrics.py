@@ -2,17 +2,25 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import summary
 
 from latte_flow.model.flow_matching import NUM_TRAIN_TIMESTEPS
+from latte_flow.model.images import to_pil
+from latte_flow.training.checkpoint.manifest import step_name
 from latte_flow.training.distributed.zero import gradient_norms
+from latte_flow.training.monitor.logs import EventFile, LogFile, replace_file, skip_failures
+
+_POSITIVE_BINS = 1e-12 * 1.1 ** np.arange(774)
+HISTOGRAM_BINS = np.concatenate([-_POSITIVE_BINS[::-1], [0], _POSITIVE_BINS])
+"""TensorBoard's bins, up to 1e20."""
 
 
 class LossMeter:
@@ -92,6 +100,8 @@ def expert_gradient_norms(engine, group_labels: list[str]) -> dict[str, Tensor]:
 class MetricsWriter:
     """Writes logged steps to metrics.jsonl (one JSON object per line) and TensorBoard. Only rank 0 has one.
 
+    What cannot be written is skipped and counted (logs.py).
+
     Args:
         output_dir: the output_dir of the run.
         resumed_step: entries after this step, logged by a run that continued beyond its last checkpoint, are dropped because the
@@ -100,18 +110,25 @@ class MetricsWriter:
 
     def __init__(self, output_dir: Path, resumed_step: int):
         self.path = output_dir / "metrics.jsonl"
-        if self.path.exists():
-            lines = self.path.read_bytes().splitlines(keepends=True)
-            partial = self.path.with_suffix(".jsonl.partial")
-            partial.write_bytes(
-                b"".join(line for line in lines if line.endswith(b"\n") and self._is_kept(line, resumed_step))
-            )
-            os.replace(partial, self.path)
-        self.writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step + 1)
+        self._resumed_step = resumed_step
+        self._lines: LogFile | None = None
+        self._events = EventFile(output_dir / "tensorboard", purge_step=resumed_step + 1)
+        with skip_failures(self.path.name):
+            self._open()
 
-    def _is_kept(self, line: bytes, resumed_step: int) -> bool:
+    def _open(self) -> LogFile:
+        """Return metrics.jsonl without the lines to drop. They must be gone before the first line is appended."""
+        if self._lines is None:
+            if self.path.exists():
+                lines = self.path.read_bytes().splitlines(keepends=True)
+                kept = (line for line in lines if line.endswith(b"\n") and self._is_kept(line))
+                replace_file(self.path, b"".join(kept))
+            self._lines = LogFile(self.path)
+        return self._lines
+
+    def _is_kept(self, line: bytes) -> bool:
         try:
-            return json.loads(line)["step"] <= resumed_step
+            return json.loads(line)["step"] <= self._resumed_step
         except (ValueError, KeyError, TypeError) as error:
             print(f"{self.path}: a damaged line is dropped ({error}): {line[:80]!r}", flush=True)
             return False
@@ -125,33 +142,32 @@ class MetricsWriter:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in metrics.items()
         }
-        with self.path.open("a") as stream:
-            stream.write(json.dumps(entry) + "\n")
-        for name, value in entry.items():
-            if name != "step" and isinstance(value, int | float):
-                self.writer.add_scalar(_tensorboard_tag(name), value, step)
+        line = json.dumps(entry) + "\n"
+        with skip_failures(self.path.name):
+            self._open().append(line.encode())
+        numbers = {name: value for name, value in entry.items() if name != "step" and isinstance(value, int | float)}
+        self._events.add([summary.scalar(_tensorboard_tag(name), value) for name, value in numbers.items()], step)
 
     def gates(self, step: int, gates: Mapping[int, Tensor]) -> None:
         """Log the gate values of each layer [B, H]: the mean per layer, and the distribution over heads and timesteps."""
+        summaries = []
         for layer, values in gates.items():
-            self.writer.add_scalar(f"gate_mean/layer_{layer:02d}", values.mean().item(), step)
-            self.writer.add_histogram(f"gate/layer_{layer:02d}", values.flatten().cpu(), step)
+            summaries.append(summary.scalar(f"gate_mean/layer_{layer:02d}", values.mean().item()))
+            flat = values.flatten().cpu().numpy()
+            summaries.append(summary.histogram(f"gate/layer_{layer:02d}", flat, HISTOGRAM_BINS))
+        self._events.add(summaries, step)
 
-    def image(self, step: int, name: str, pixels) -> None:
-        """Log an image, a uint8 array [height, width] or [height, width, 3]."""
-        self.writer.add_image(name, pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC")
+    def grid(self, step: int, pixels: np.ndarray) -> None:
+        """Log a sample grid, uint8 [height, width] or [height, width, 3]: samples/step_XXXXXXX.png and TensorBoard."""
+        png = BytesIO()
+        to_pil(pixels).save(png, "PNG")
+        with skip_failures("a sample grid"):
+            replace_file(self.path.parent / "samples" / f"{step_name(step)}.png", png.getvalue())
+        self._events.add([summary.image("samples", pixels, dataformats="HW" if pixels.ndim == 2 else "HWC")], step)
 
     def text(self, name: str, text: str) -> None:
         """Log a text as a code block."""
-        self.writer.add_text(name, "\n".join("    " + line for line in text.splitlines()))
-
-    def flush(self) -> None:
-        """Write buffered events."""
-        self.writer.flush()
-
-    def close(self) -> None:
-        """Write buffered events and close the files."""
-        self.writer.close()
+        self._events.add([summary.text(name, "\n".join("    " + line for line in text.splitlines()))])
 
 
 def _tensorboard_tag(name: str) -> str:

@@ -19,6 +19,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from latte_flow.training.distributed.collectives import agree
+from latte_flow.training.distributed.rendezvous import host_store
 
 EXIT_HUNG = os.EX_SOFTWARE
 PHASES = ("data", "forward", "backward", "optimizer step", "logging", "sampling", "after the step", "checkpoint")
@@ -170,7 +171,7 @@ def _make_store(rank: int) -> dist.TCPStore:
     patience = timedelta(seconds=ANSWER_SECONDS)
     host = agree(os.environ.get("MASTER_ADDR") or socket.gethostname())
     if rank == 0:
-        store = dist.TCPStore(host, 0, is_master=True, timeout=patience, wait_for_workers=False)
+        store = host_store(host, 0, timeout=patience, wait_for_workers=False)
     port = agree(store.port if rank == 0 else 0)
     return store if rank == 0 else dist.TCPStore(host, port, timeout=patience, wait_for_workers=False)
 
