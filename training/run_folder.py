@@ -190,7 +190,8 @@ def hash_files(config: TrainingConfig, *, own: bool) -> dict[str, str]:
         own: whether to return those in model/, or those at vlm.path and codec.path; the latter must have been loaded, so that
             hub ids are in the local cache.
     """
-    codec, folders = config.codec, {}
+    codec = config.codec
+    folders: dict[str, tuple[Path, tuple[str, ...]]] = {}
     if own:
         folders[MODEL_FOLDER] = Path(config.output_dir) / MODEL_FOLDER, MODEL_FILES
     if not own and config.vlm.path is not None:

@@ -32,7 +32,7 @@ def connect(timeout: timedelta) -> None:
     """
     # An all-reduce for inference on CPUs, which nothing here calls. It compiles an operator at the first start, and leaves 66 MiB
     # per rank in /dev/shm after every run.
-    import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    vars(import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
     if _is_loopback(os.environ.get("MASTER_ADDR", "")):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     deepspeed.init_distributed(timeout=timeout, init_method=INIT_METHOD)
