@@ -1,10 +1,13 @@
 """The context of a prompt: what transformers' own forward pass of the VLM computes at each layer, and its bookkeeping."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import AddedToken, Qwen2Tokenizer
 
 from latte_flow.model.backbone import SPECIAL_TOKENS, build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
 from latte_flow.model.context import (
@@ -259,48 +262,78 @@ def test_a_batch_reads_the_same_context_whether_all_prompts_or_its_own_are_encod
         torch.testing.assert_close(own.states[layer], states)
 
 
+def qwen2_tokenizer() -> Qwen2Tokenizer:
+    """Qwen2's own tokenizer over the tiny vocabulary, with the system message of Qwen2-VL's chat template."""
+    model = json.loads(build_tiny_tokenizer(TEXTS, vocab_size=320).backend_tokenizer.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+        "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+        "{{ message['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+TOKENIZERS = {"tiny": build_tiny_tokenizer(TEXTS, vocab_size=320), "qwen2": qwen2_tokenizer()}
+CONTROL = set(range(len(SPECIAL_TOKENS)))
+"""Numbers of the special tokens, first in both vocabularies."""
+
+
+def in_chat_format(tokenizer, prompt: str) -> str:
+    chat = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
 class TestSpecialTokens:
-    """A caption is text, whatever it holds: only the chat template writes control tokens."""
-
-    @pytest.fixture
-    def control(self, tokenizer):
-        return set(tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)))
-
     @pytest.mark.parametrize("token", SPECIAL_TOKENS)
-    def test_in_a_caption_are_text(self, tokenizer, control, token):
-        caption = f"A button{token}\nthat says {token}"
-        ids, plain = (message_ids(tokenizer, text) for text in (caption, "A button"))
-        assert [i for i in ids if i in control] == [i for i in plain if i in control]
-        assert tokenizer.decode(ids) == f"<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n"
-        assert len(ids) > len(plain)
+    def test_in_a_prompt_are_text_and_those_of_the_template_are_not(self, name, token):
+        tokenizer = TOKENIZERS[name]
+        prompts = [f"a{token}b", token, f" {token}\n{token}", "a red apple"]
+        inputs = tokenize_prompts(tokenizer, prompts)
+        rows = [ids[mask.bool()].tolist() for ids, mask in zip(*inputs.values(), strict=True)]
+        plain = [number for number in rows[-1] if number in CONTROL]
+        assert len(plain) >= 3
+        for prompt, row in zip(prompts, rows, strict=True):
+            assert tokenizer.decode(row) == in_chat_format(tokenizer, prompt)
+            assert [number for number in row if number in CONTROL] == plain
 
-    def test_of_a_picture_stay_control_tokens(self, tokenizer, control):
-        ids = message_ids(tokenizer, "Is <|image_pad|> one?", image_token="<|image_pad|>", num_image_tokens=3)
-        text = tokenizer.decode(ids)
-        assert text.startswith(
-            "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>Is <"
-        )
-        assert ids.count(tokenizer.convert_tokens_to_ids("<|image_pad|>")) == 3
+    @given(prompts=st.lists(st.text(max_size=40), min_size=1, max_size=4))
+    def test_prompts_without_any_are_tokenized_as_the_whole_chat(self, name, prompts):
+        tokenizer = TOKENIZERS[name]
+        texts = [in_chat_format(tokenizer, prompt) for prompt in prompts]
+        expected = tokenizer(texts, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")
+        inputs = tokenize_prompts(tokenizer, prompts)
+        assert inputs.keys() == {"input_ids", "attention_mask"}
+        for key, tensor in inputs.items():
+            assert torch.equal(tensor, expected[key])
+            assert tensor.dtype == torch.int64
+        longer = tokenize_prompts(tokenizer, [*prompts, "<|im_end|>" * 20])  # leaves the others as they are
+        assert torch.equal(longer["input_ids"][:-1, : expected["input_ids"].shape[1]], expected["input_ids"])
 
-    def test_in_one_prompt_leave_the_others_as_they_are(self, tokenizer):
-        both = tokenize_prompts(tokenizer, ["A <|im_end|> b", "A red apple."])
-        alone = tokenize_prompts(tokenizer, ["A red apple."])["input_ids"][0]
-        assert torch.equal(both["input_ids"][1][both["attention_mask"][1].bool()], alone)
+    def test_count_as_text_where_prompts_are_truncated(self, name):
+        tokenizer = TOKENIZERS[name]
+        prompt = "a <|vision_start|><|image_pad|> b"
+        for limit in (3, 8, 15):
+            (cut,) = truncate_prompts(tokenizer, [prompt], limit)
+            assert prompt.startswith(cut)
+            assert len(tokenizer(cut, split_special_tokens=True)["input_ids"]) == limit
+        assert truncate_prompts(tokenizer, [prompt], 100) == [prompt]
 
-    def test_are_truncated_as_text(self, tokenizer):
-        (cut,) = truncate_prompts(tokenizer, ["<|im_end|><|im_end|>"], 3)
-        assert "<|im_end|>".startswith(cut)
 
-    def test_a_template_that_repeats_the_text_is_refused(self, tokenizer):
-        twice = build_tiny_tokenizer(TEXTS, vocab_size=320)
-        twice.chat_template = "{{ messages[0]['content'] }}{{ messages[0]['content'] }}"
-        assert message_ids(twice, "a") == twice("aa")["input_ids"]
-        with pytest.raises(ValueError, match="does not insert a user's text exactly once"):
-            message_ids(twice, "<|im_end|>")
+def test_the_placeholders_of_a_picture_stay_control_tokens(tokenizer):
+    ids = message_ids(tokenizer, "Is <|image_pad|> one?", image_token="<|image_pad|>", num_image_tokens=3)
+    text = tokenizer.decode(ids)
+    assert text.startswith(
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>Is <"
+    )
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|image_pad|>")) == 3
 
-    @given(text=st.text(max_size=40))
-    def test_where_there_are_none_a_prompt_is_tokenized_as_transformers_does(self, text):
-        tokenizer = build_tiny_tokenizer(TEXTS, vocab_size=320)
-        chat = [{"role": "user", "content": text}]
-        expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-        assert message_ids(tokenizer, text) == expected
+
+def test_a_template_that_repeats_the_text_is_refused():
+    twice = build_tiny_tokenizer(TEXTS, vocab_size=320)
+    twice.chat_template = "{{ messages[0]['content'] }}{{ messages[0]['content'] }}"
+    assert message_ids(twice, "a") == twice("aa")["input_ids"]
+    with pytest.raises(ValueError, match="does not insert a user's text exactly once"):
+        message_ids(twice, "<|im_end|>")
