@@ -115,16 +115,48 @@ def encode_latents(
         codec, scaling_factor, patch, image_channels=images.image_channels, resolution=resolution, precision=precision
     )
     device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    origin = {
+        "dataset": dataset,
+        "path": None if dataset == "digits" else str(Path(source).absolute()),
+        "fingerprint": images.fingerprint,
+        "image_column": image_column,
+        "text_column": text_column,
+    }
+    settings = _settings(
+        images, origin, encoder, codec, precision=precision, resolution=resolution, flips=flip, shard_size=shard_size
+    )
+    writer = LatentWriter(Path(output), settings)
+    if writer.is_finished:
+        if rank == 0:
+            print(f"{output} is complete: {len(images)} images")
+        return
+    with progress_bar(total=len(images), unit="image", desc="encoding", disable=rank != 0, mininterval=1.0) as progress:
+        _update(progress, writer)
+        progress.initial = progress.n  # so that the rate counts only this start
+        mine = [shard for shard in range(rank, writer.num_shards, world_size) if not writer.is_complete(shard)]
+        _encode(writer, mine, images, encoder.to(device), batch_size, num_workers, progress)
+        if rank != 0:
+            return
+        _wait_for_other_ranks(writer, progress, wait_minutes)
+    _report(writer.finish(images.max_broken), output)
+
+
+def _settings(
+    images: ImageDataset,
+    origin: dict,
+    encoder: LatentCodec,
+    codec: str,
+    *,
+    precision: str,
+    resolution: int,
+    flips: bool,
+    shard_size: int,
+) -> dict:
+    """Return all that determines the result, as LatentWriter takes it."""
     kind, path = _kind_and_path(codec)
-    settings = {
+    return {
         "format": FORMAT,
-        "source": {
-            "dataset": dataset,
-            "path": None if dataset == "digits" else str(Path(source).absolute()),
-            "fingerprint": images.fingerprint,
-            "image_column": image_column,
-            "text_column": text_column,
-        },
+        "source": origin,
         "codec": {
             "kind": kind,
             "path": path,
@@ -136,36 +168,19 @@ def encode_latents(
         "resolution": resolution,
         "latent_shape": [encoder.latent_channels, *encoder.latent_size(resolution)],
         "dtype": "bfloat16",
-        "flips": flip,
+        "flips": flips,
         "num_images": len(images),
         "shard_size": shard_size,
         "class_names": images.class_names,
     }
-    writer = LatentWriter(Path(output), settings)
-    if writer.is_finished:
-        if rank == 0:
-            print(f"{output} is complete: {len(images)} images")
-        return
-    with progress_bar(total=len(images), unit="image", desc="encoding", disable=rank != 0, mininterval=1.0) as progress:
-        _update(progress, writer)
-        progress.initial = progress.n  # so that the rate counts only this start
-        mine = [shard for shard in range(rank, writer.num_shards, world_size) if not writer.is_complete(shard)]
-        for shard, latents, sources in _encoded_shards(
-            writer, mine, images, encoder.to(device), batch_size, num_workers, progress
-        ):
-            rows = [int(images.prompt_rows[i]) for i in sources]
-            conditions = rows if images.class_names is not None else [images.captions[row] for row in rows]
-            broken = [i for i, used in zip(writer.rows(shard), sources, strict=True) if i != used]
-            writer.write_shard(shard, latents, conditions, sources, {i: images.reason_broken(i) for i in broken})
-            _update(progress, writer)
-        if rank != 0:
-            return
-        _wait_for_other_ranks(writer, progress, wait_minutes)
-    manifest = writer.finish(images.max_broken)
+
+
+def _report(manifest: dict, output: str) -> None:
+    """Print what was written, and its warnings."""
     statistics = manifest["statistics"]
     print(
-        f"{len(images)} images ({manifest['num_broken']} broken) in {output}: latents {tuple(manifest['latent_shape'])}, mean "
-        f"{statistics['mean']:.4f}, standard deviation {statistics['std']:.4f}"
+        f"{manifest['num_images']} images ({manifest['num_broken']} broken) in {output}: latents "
+        f"{tuple(manifest['latent_shape'])}, mean {statistics['mean']:.4f}, standard deviation {statistics['std']:.4f}"
     )
     for warning in manifest["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
@@ -214,6 +229,24 @@ class _Fetched(Dataset):
 
     def __getitem__(self, index: int):
         return index, *self.images.fetch(index)
+
+
+def _encode(
+    writer: LatentWriter,
+    shards: list[int],
+    images: ImageDataset,
+    codec: LatentCodec,
+    batch_size: int,
+    num_workers: int,
+    progress: tqdm,
+) -> None:
+    """Encode and write shards."""
+    for shard, latents, sources in _encoded_shards(writer, shards, images, codec, batch_size, num_workers, progress):
+        rows = [int(images.prompt_rows[i]) for i in sources]
+        conditions = rows if images.class_names is not None else [images.captions[row] for row in rows]
+        broken = [i for i, used in zip(writer.rows(shard), sources, strict=True) if i != used]
+        writer.write_shard(shard, latents, conditions, sources, {i: images.reason_broken(i) for i in broken})
+        _update(progress, writer)
 
 
 def _encoded_shards(
