@@ -22,10 +22,11 @@ import torch.distributed as dist
 from PIL import Image
 
 from latte_flow.model.images import grid_scale, make_grid, to_pil
+from latte_flow.model.pipeline import LatteFlowPipeline
 from latte_flow.model.sampling import SOLVERS, image_seeds
 from latte_flow.tools.command_line import check_paths, check_positive, run_function
-from latte_flow.training.checkpoint.opening import WEIGHTS, find_checkpoint, is_pipeline, load_pipeline
-from latte_flow.training.distributed.collectives import agree, gather
+from latte_flow.training.checkpoint.opening import WEIGHTS, RemovedError, find_checkpoint, is_pipeline, load_pipeline
+from latte_flow.training.distributed.collectives import agree, gather, is_first_rank
 from latte_flow.training.distributed.rendezvous import INIT_METHOD
 from latte_flow.training.errors import UserError
 from latte_flow.training.monitor.progress import hide_library_bars, progress_bar
@@ -90,11 +91,10 @@ def sample(
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     hide_library_bars()
-    path, verified = Path(checkpoint), False
-    if world_size > 1 and not is_pipeline(path):
-        path, verified = _find_together(path, rank), True
-    options = {"vlm_path": vlm_path, "codec_path": codec_path, "verified": verified}
-    pipeline = load_pipeline(path, weights=weights, dtype=getattr(torch, dtype), **options)
+    path = Path(checkpoint)
+    load = _load_together if world_size > 1 and not is_pipeline(path) else load_pipeline
+    options = {"weights": weights, "vlm_path": vlm_path, "codec_path": codec_path}
+    pipeline = load(path, dtype=getattr(torch, dtype), **options)
     pipeline.to(device)
     conditions = _conditions(classes, prompts, pipeline.config.class_names)
     total = num_images or len(conditions)
@@ -121,10 +121,25 @@ def sample(
         _finish(folder, sorted(lines, key=lambda line: line["file"]), len(conditions))
 
 
-def _find_together(path: Path, rank: int) -> Path:
+def _load_together(path: Path, **options) -> LatteFlowPipeline:
+    """Load the same checkpoint on all ranks. One that a run in progress removes meanwhile is replaced by the newer one."""
+    while True:
+        found, problem = _find_together(path), None
+        try:
+            pipeline = load_pipeline(found, verified=True, **options)
+        except UserError as error:
+            problem = error
+        problems = [problem for problem in gather(problem) if problem is not None]
+        if not problems:
+            return pipeline
+        if found == path or not all(isinstance(problem, RemovedError) for problem in problems):
+            raise problems[0]
+
+
+def _find_together(path: Path) -> Path:
     """Return the checkpoint that a path refers to, the same on all ranks: a run in progress may write a newer one meanwhile."""
     found: Path | UserError | None = None
-    if rank == 0:
+    if is_first_rank():
         try:
             found = find_checkpoint(path)
         except UserError as error:

@@ -16,6 +16,7 @@ from latte_flow.training.checkpoint.manifest import (
     STEP_FOLDER,
     list_checkpoints,
     named_checkpoints,
+    output_dir_of,
     read_manifest,
 )
 from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, save_components
@@ -121,7 +122,8 @@ def find_origin(config: TrainingConfig) -> Origin | None:
             "accepted: auto, or another output_dir"
         )
     path = Path(config.resume)
-    if path.resolve().is_relative_to(Path(config.output_dir).resolve()) and own:
+    named = output_dir_of(path) if STEP_FOLDER.fullmatch(path.name) else path
+    if named.resolve().is_relative_to(Path(config.output_dir).resolve()) and own:
         if STEP_FOLDER.fullmatch(path.name) and path.name != own[-1].name:
             raise UserError(
                 f"resume: {path} is not the newest checkpoint of output_dir ({own[-1].name}); accepted: another output_dir, "
@@ -152,7 +154,7 @@ def _find_run(path: Path) -> Origin:
             f"resume: {path} holds no checkpoint; accepted: auto, never, a training output_dir, one step's folder of it, or a "
             "deepspeed-universal checkpoint of tools/convert_checkpoint.py"
         )
-    run = checkpoints[0].resolve().parent.parent
+    run = output_dir_of(checkpoints[0])
     return Origin(run / CONFIG_FILE, run / MODEL_FOLDER, checkpoints)
 
 

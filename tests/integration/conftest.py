@@ -106,13 +106,21 @@ class CommandLines:
         assert finished.code == 0, finished.output
 
     def sample(
-        self, checkpoint: Path, *arguments: str, output: Path | None = None, ranks: int = 1, code: int | None = 0
+        self,
+        checkpoint: Path,
+        *arguments: str,
+        output: Path | None = None,
+        ranks: int = 1,
+        code: int | None = 0,
+        hooks: tuple[str, ...] = (),
+        variables: dict[str, str] | None = None,
     ) -> Run:
-        """Run tools/sample.py with few steps."""
+        """Run tools/sample.py with few steps; hooks and their variables as in ``train``."""
         folder = self._new_folder()
         output = output or folder / "drawn"
         command = [str(checkpoint), "--output", str(output), "--num_steps", "4", *arguments]
-        finished = start_ranks("tools/sample.py", command, folder / "log", ranks=ranks).wait()
+        options = {"ranks": ranks, "hooks": hooks, "variables": variables}
+        finished = start_ranks("tools/sample.py", command, folder / "log", **options).wait()
         assert code in (None, finished.code), finished.output
         return Run(output, finished, folder)
 

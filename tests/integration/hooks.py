@@ -6,6 +6,7 @@ Each hook runs in every rank. HOOK_DIR is where it leaves what it has seen.
 import errno
 import json
 import os
+import shutil
 import threading
 import time
 from contextlib import suppress
@@ -15,6 +16,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from latte_flow.training import run_folder, trainer
+from latte_flow.training.checkpoint import opening
 from latte_flow.training.checkpoint.model_folder import VLM_FOLDER
 from latte_flow.training.trainer import Trainer
 
@@ -131,6 +133,20 @@ def break_logs() -> None:
         return norms
 
     Trainer.train_step = breaking
+
+
+def remove_while_read() -> None:
+    """Remove the checkpoint that rank 1 is about to read, once, after another took its place: REMOVE holds both, "/old /new"."""
+    old, new = map(Path, os.environ["REMOVE"].split(" ", 1))
+    read = opening.read_weights
+
+    def reading(path, which):
+        if os.environ["RANK"] == "1" and new.exists():
+            new.rename(old.parent / new.name)
+            shutil.rmtree(old)
+        return read(path, which)
+
+    opening.read_weights = reading
 
 
 def dump_state() -> None:

@@ -147,3 +147,24 @@ def test_a_named_checkpoint_that_is_damaged_is_refused(command, one_rank, tmp_pa
     run = command.train(output_dir=tmp_path / "run", resume=shard.parent, code=2)
     assert f"{shard.name} has {shard.stat().st_size} bytes instead of" in run.finished.output
     assert "checkpoints are damaged" in run.finished.output
+
+
+def test_checkpoints_on_another_disk_and_a_step_that_is_a_link(command, one_rank, tmp_path):
+    """Both are links; training, retention, sampling, conversion and a new run from there take them for folders."""
+    output, elsewhere, archive = (tmp_path / name for name in ("run", "elsewhere", "archive"))
+    shutil.copytree(one_rank.output_dir, output, ignore=shutil.ignore_patterns("step_0000008"))
+    (output / "checkpoints").rename(elsewhere)
+    (elsewhere / "step_0000004").rename(archive)
+    (output / "checkpoints").symlink_to(elsewhere)
+    (elsewhere / "step_0000004").symlink_to(archive)
+    resumed = command.train(output_dir=output, checkpoint__keep_last=1)
+    assert f"resumed from {output}/checkpoints/step_0000004" in resumed.finished.output
+    assert_same_metrics(resumed, one_rank)
+    assert_weights_equal(resumed, one_rank, STEPS)
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["latest", "step_0000008"]
+    assert (archive / "manifest.json").is_file()
+    command.sample(output, "--classes", "1")
+    command.tool("tools/convert_checkpoint.py", str(output), str(tmp_path / "converted"), "--to", "safetensors")
+    assert (tmp_path / "converted" / "config.json").is_file()
+    another = command.train(resume=output / "checkpoints" / "step_0000008", max_steps=9, sample__every=0)
+    assert f"a new run from {output}/checkpoints/step_0000008" in another.finished.output

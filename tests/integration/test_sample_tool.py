@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -68,6 +69,21 @@ def test_ranks_share_the_batches_and_do_not_show(command, one_rank):
     assert same(images(together), images(alone))
     for name in ("samples.jsonl", "grid.png"):
         assert (together.output_dir / name).read_bytes() == (alone.output_dir / name).read_bytes()
+
+
+def test_a_checkpoint_that_its_run_removes_while_one_rank_reads_it(command, one_rank, one_of_each, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(one_rank.output_dir, run)
+    newer = (run / "checkpoints" / "step_0000008").rename(tmp_path / "step_0000008")
+    drawn = command.sample(
+        run,
+        *("--batch_size", "5"),
+        ranks=2,
+        hooks=("remove_while_read",),
+        variables={"REMOVE": f"{run / 'checkpoints' / 'step_0000004'} {newer}"},
+    )
+    assert not newer.exists()
+    assert same(images(drawn), images(one_of_each))
 
 
 def test_the_same_seed_gives_the_same_files_and_another_seed_others(command, one_rank, one_of_each):

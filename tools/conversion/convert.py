@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +15,12 @@ from latte_flow.model.tensor_split import check_tensor_parallel
 from latte_flow.tools.command_line import check_paths
 from latte_flow.tools.conversion.components import copy_components, copy_tokenizer, report_left_out
 from latte_flow.tools.conversion.megatron_gpt import compare_megatron_gpt, write_megatron_gpt
-from latte_flow.tools.conversion.output_folder import check_output, make_partial_folder, put_in_place
+from latte_flow.tools.conversion.output_folder import (
+    check_not_of_a_run,
+    check_output,
+    make_partial_folder,
+    put_in_place,
+)
 from latte_flow.tools.conversion.qwen2_vl import compare_qwen2_vl, load_understanding_path, write_qwen2_vl
 from latte_flow.tools.conversion.writers import (
     write_dcp,
@@ -75,6 +81,7 @@ def convert(
     """
     check_paths(path=path, output=output, model_folder=model_folder, vlm_path=vlm_path)
     target = Path(output).resolve()
+    check_not_of_a_run(Path(os.path.abspath(output)))  # by its name too: checkpoints/ may be a link
     check_output(target, Path(path).resolve(), force=force)
     if not SHARD_SIZE.fullmatch(max_shard_size):
         raise UserError(f"max_shard_size: got {max_shard_size!r}; accepted: such as 5GB or 200MB")

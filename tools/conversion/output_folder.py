@@ -29,9 +29,7 @@ def check_output(target: Path, source: Path, *, force: bool) -> None:
     """
     if target.suffix in FILE_SUFFIXES:
         raise UserError(f"output: {target} looks like a file; accepted: a folder for the weights' file")
-    for parent in target.parents:
-        if parent.name == CHECKPOINTS_FOLDER and (parent.parent / CONFIG_FILE).is_file():
-            raise UserError(f"output: {target} is among the checkpoints of a run; accepted: another place")
+    check_not_of_a_run(target)
     if not target.exists():
         return
     if not force:
@@ -39,6 +37,13 @@ def check_output(target: Path, source: Path, *, force: bool) -> None:
     if source.is_relative_to(target):
         raise UserError(f"output: {target} holds the input, {source}; accepted: another folder")
     _check_only_converted(target)
+
+
+def check_not_of_a_run(target: Path) -> None:
+    """Raise UserError for an output below the checkpoints of a run."""
+    for parent in target.parents:
+        if parent.name == CHECKPOINTS_FOLDER and (parent.parent / CONFIG_FILE).is_file():
+            raise UserError(f"output: {target} is among the checkpoints of a run; accepted: another place")
 
 
 def _check_only_converted(folder: Path, name: Path | None = None) -> None:

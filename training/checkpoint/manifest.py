@@ -39,8 +39,16 @@ def step_name(step: int) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoint folders of a run, oldest first, without partial ones. A folder without a manifest is damaged."""
-    paths = [path for path in folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
+    """Return the checkpoint folders of a run, oldest first, without partial ones. A folder without a manifest is damaged.
+
+    The folder and the steps in it may be links; a step whose link is broken is damaged.
+
+    Raises:
+        UserError: when the folder is a broken link: a run would start again from zero.
+    """
+    if folder.is_symlink() and not folder.is_dir():
+        raise UserError(f"{folder}: links to {os.readlink(folder)}, which is not there; accepted: a link to a folder")
+    paths = [p for p in folder.glob("step_*") if STEP_FOLDER.fullmatch(p.name) and (p.is_dir() or p.is_symlink())]
     return sorted(paths, key=lambda path: (len(path.name), path.name))  # step_10000000 comes after step_9999999
 
 
@@ -49,6 +57,14 @@ def named_checkpoints(path: Path) -> list[Path]:
     if path.is_dir() and (STEP_FOLDER.fullmatch(path.name) or (path / MANIFEST).is_file()):
         return [path]
     return list_checkpoints(path / CHECKPOINTS_FOLDER)
+
+
+def output_dir_of(checkpoint: Path) -> Path:
+    """Return the output_dir of a checkpoint's folder. ``checkpoints/`` and the step may be links to other places."""
+    path = Path(os.path.abspath(checkpoint))
+    while path.parent.name != CHECKPOINTS_FOLDER and path.is_symlink():
+        path = Path(os.path.abspath(path.parent / os.readlink(path)))
+    return path.parent.parent
 
 
 def read_manifest(path: Path) -> dict:

@@ -26,6 +26,7 @@ from latte_flow.training.checkpoint.manifest import (
     STEP_FOLDER,
     check_files,
     named_checkpoints,
+    output_dir_of,
 )
 from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE, build_pipeline
 from latte_flow.training.configs.saved import CONFIG_FILE
@@ -48,14 +49,25 @@ def find_checkpoint(path: Path, *, contents: bool = True) -> Path:
         UserError: when there is no valid checkpoint.
     """
     candidates = named_checkpoints(path)
-    for candidate in reversed(candidates):
+    unseen = list(candidates)
+    while unseen:
+        candidate = unseen.pop()
         damage = "; ".join(f"{name} {what}" for name, what in check_files(candidate, contents=contents))
         if not damage:
             return candidate
         if candidates == [path]:
             raise UserError(f"{path}: damaged: {damage}")
-        logger.warning("%s skipped: %s", candidate, damage)
+        if (
+            now := named_checkpoints(path)
+        ) != candidates:  # a run in progress has saved a newer one and removed this one
+            candidates, unseen = now, list(now)
+        else:
+            logger.warning("%s skipped: %s", candidate, damage)
     raise UserError(f"{path}: holds no valid checkpoint; accepted: a training output_dir, or one step's folder of it")
+
+
+class RemovedError(UserError):
+    """A checkpoint that was valid has disappeared while it was read."""
 
 
 def is_pipeline(path: Path) -> bool:
@@ -85,6 +97,7 @@ def load_pipeline(
         verified: the path was just returned by ``find_checkpoint``, so its files are not verified again.
 
     Raises:
+        RemovedError: when the named or verified checkpoint was removed meanwhile.
         UserError: when the folder is none of these, or is damaged.
     """
     path = Path(path)
@@ -99,11 +112,26 @@ def load_pipeline(
             return build_pipeline(path, source, weights if weights in source.kinds else None, dtype, **given)
         if (path / EXPORT_FILE).is_file():
             raise UserError(f"{path}: holds weights but no {PIPELINE_FILE}, which a pipeline needs")
-        checkpoint = path if verified else find_checkpoint(path)
-        state = read_weights(checkpoint, weights)
-        return build_pipeline(checkpoint.parent.parent / MODEL_FOLDER, state, None, dtype, **given)
+        checkpoint, state = _read_newest(path, weights, verified)
+        return build_pipeline(output_dir_of(checkpoint) / MODEL_FOLDER, state, None, dtype, **given)
     except (OSError, ValueError) as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
+
+
+def _read_newest(path: Path, weights: str, verified: bool) -> tuple[Path, dict[str, Tensor]]:
+    """Find and read a checkpoint; for one that a run in progress removes meanwhile, unless it was named, the newer one."""
+    while True:
+        checkpoint = path if verified else find_checkpoint(path)
+        try:
+            return checkpoint, read_weights(checkpoint, weights)
+        except (OSError, ValueError, RuntimeError) as error:  # the last: from torch.load, which opens a file twice
+            if not any(check_files(checkpoint, contents=False)):
+                raise
+            if checkpoint == path:
+                raise RemovedError(
+                    f"{path}: was removed while it was read, as a run in progress does with old checkpoints; accepted: the "
+                    "output_dir, whose newest checkpoint is read, or a step that checkpoint.keep_every keeps"
+                ) from error
 
 
 def read_weights(path: Path, which: str) -> dict[str, Tensor]:
@@ -168,7 +196,7 @@ def open_checkpoint(
                     raise UserError(f"tag: {path} is already one step's folder; accepted: none, or the output_dir")
                 path = _tagged(path / CHECKPOINTS_FOLDER, tag)
             checkpoint = find_checkpoint(path, contents=contents)
-            run = checkpoint.resolve().parent.parent
+            run = output_dir_of(checkpoint)
             source: WeightSource = ZeroSource(checkpoint)
             candidates, config_file = [run / MODEL_FOLDER], run / CONFIG_FILE
         else:

@@ -9,9 +9,11 @@ An asynchronous save copies the state to host memory and leaves the rest to a th
 
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from latte_flow.training.checkpoint.manifest import (
     OWN_DIGEST,
     PARTIAL_SUFFIX,
     RUN_ID,
+    STEP_FOLDER,
     TENSOR_PARALLEL,
     check_files,
     check_manifest,
@@ -39,8 +42,12 @@ from latte_flow.training.checkpoint.manifest import (
 )
 from latte_flow.training.distributed.collectives import agree, gather, is_first_rank, share
 from latte_flow.training.distributed.zero import layout, master_shards
-from latte_flow.training.durable import sync_folder, write_durably, write_synced
+from latte_flow.training.durable import PARTIAL, sync_folder, write_durably, write_synced
 from latte_flow.training.errors import UserError
+
+PARTIAL_STEP = re.compile(STEP_FOLDER.pattern + re.escape(PARTIAL_SUFFIX), re.ASCII)
+PARTIAL_LATEST = re.compile(re.escape(LATEST + PARTIAL) + r".+-\d+", re.ASCII)
+"""Names of what an interrupted save leaves: its folder, and the file of ``write_durably``."""
 
 
 class CheckpointStore:
@@ -93,7 +100,7 @@ class CheckpointStore:
         self._saved = exists and not _gather_dict(dict(check_files(final, share)))
         if self._saved:
             return
-        problem = self._prepare(_bytes_to_write(engine))
+        problem = self._prepare(final, _bytes_to_write(engine))
         if problem is None:
             kind = DeferringCheckpointEngine if self.asynchronous else TolerantCheckpointEngine
             if not isinstance(engine.checkpoint_engine, kind):
@@ -127,13 +134,16 @@ class CheckpointStore:
             self._thread.join(timeout)
         return self._saved
 
-    def _prepare(self, needed: int) -> str | None:
+    def _prepare(self, final: Path, needed: int) -> str | None:
         """Prepare the folder and check the free space. Return the reason it failed or None, the same on all ranks."""
         problem = None
         if is_first_rank():
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._remove_unfinished()
+                partial = final.with_name(final.name + PARTIAL_SUFFIX)
+                if os.path.lexists(partial):
+                    problem = f"{partial} is in the way, and not a folder left by a save"
                 free = shutil.disk_usage(self.folder).free
                 if free < needed:
                     problem = f"it needs {needed / 2**30:.3g} GiB, {self.folder} has {free / 2**30:.3g} GiB free"
@@ -202,7 +212,8 @@ class CheckpointStore:
         """Turn a complete partial folder into a checkpoint. Rank 0 only."""
         write_synced(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
         sync_folder(partial)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one
+        with suppress(OSError):
+            _remove(final)  # a damaged one
         os.replace(partial, final)
         sync_folder(self.folder)
 
@@ -215,13 +226,16 @@ class CheckpointStore:
             self._remove_unfinished()
             write_durably(self.folder / LATEST, newest.name.encode())
             self._remove_old(newest)
-        except OSError as error:
+        except (OSError, UserError) as error:
             print(f"checkpoint {newest.name} is saved, but old ones could not be removed: {error}", flush=True)
 
     def _remove_unfinished(self) -> None:
-        """Remove partial folders and files of runs that were killed while saving."""
-        for left in self.folder.glob(f"*{PARTIAL_SUFFIX}*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        """Remove what runs that were killed while saving have left, and nothing under a name that no save gives."""
+        for left in self.folder.iterdir():
+            if PARTIAL_STEP.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            elif PARTIAL_LATEST.fullmatch(left.name) and left.is_file():
+                left.unlink()
 
     def newest_valid(self) -> Path | None:
         """Return the newest checkpoint whose manifest verifies, the same on all ranks, or None if there are no checkpoints.
@@ -303,8 +317,16 @@ class CheckpointStore:
         for path in reversed(paths[: paths.index(committed) + 1]):
             milestone = self.keep_every and int(path.name.removeprefix("step_")) % self.keep_every == 0
             if whole >= self.keep_last and not milestone:
-                shutil.rmtree(path)
+                _remove(path)
             whole += not any(check_files(path, list, contents=False))
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; of a link only the link."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def newest_valid(candidates: list[Path], record: Callable[[Path], dict] = read_manifest) -> Path | None:
