@@ -57,9 +57,8 @@ def find_checkpoint(path: Path, *, contents: bool = True) -> Path:
             return candidate
         if candidates == [path]:
             raise UserError(f"{path}: damaged: {damage}")
-        if (
-            now := named_checkpoints(path)
-        ) != candidates:  # a run in progress has saved a newer one and removed this one
+        now = named_checkpoints(path)
+        if now != candidates:  # a run in progress has saved a newer one and removed this one
             candidates, unseen = now, list(now)
         else:
             logger.warning("%s skipped: %s", candidate, damage)
