@@ -83,10 +83,8 @@ def _names_of_mapping(path: Path, lines: list[str], own: list[str]) -> list[str]
     if not missing:
         return [keyed[name] for name in own]
     by_wnid = any(WNID.fullmatch(key) for key in keyed)
-    if by_wnid and set(own) <= set(
-        keyed.values()
-    ):  # latents whose classes were named by this file when they were encoded
-        return own
+    if by_wnid and set(own) <= set(keyed.values()):
+        return own  # latents whose classes were named by this file when they were encoded
     partial = len(missing) < len(own) and all(len(line) > 1 for line in words)
     if by_wnid or partial:
         more = f" and {len(missing) - 1} more of the {len(own)} classes" if missing[1:] else ""

@@ -135,11 +135,14 @@ def _read_imagefolder(path: Path, kind: str, paths: list[Path]):
     folders = {folder for file in paths for folder in file.parents if path in folder.parents}
     roots = [path, *sorted(folder for folder in folders if folder.is_symlink())]
     try:
-        return datasets.load_dataset(kind, data_files={"train": [f"{r.absolute()}/**" for r in roots]}, split="train")
+        table = datasets.load_dataset(kind, data_files={"train": [f"{r.absolute()}/**" for r in roots]}, split="train")
     except (datasets.data_files.EmptyDatasetError, FileNotFoundError, ValueError) as error:
         if damaged_file([file for file in paths if file.name.startswith("metadata.") or not file.exists()]):
             raise
         raise UserError(f"data.path: {path} holds zero images; at least one is needed ({_one_line(error)})") from error
+    if isinstance(label := table.features.get("label"), datasets.ClassLabel):
+        _report_folders_without_pictures(path, paths, label.names)
+    return table
 
 
 def _read_files(path: Path, kind: str, paths: list[Path]):
@@ -172,21 +175,39 @@ def _files_of_folder(path: Path) -> list[Path]:
 
     # Classes are numbered by name: a folder that is left out silently would shift the labels of all that follow.
     def unreadable(error: OSError) -> None:
-        raise UserError(
-            f"data.path: {error.filename} cannot be listed: {error.strerror}; accepted: readable folders"
-        ) from error
+        if not _is_ignored(Path(error.filename), path):
+            raise UserError(
+                f"data.path: {error.filename} cannot be listed: {error.strerror}; accepted: readable folders"
+            ) from error
 
     seen: dict[str, str] = {}
     files: list[Path] = []
     for folder, folders, names in os.walk(path, onerror=unreadable, followlinks=True):
+        # A link that is followed becomes a class, also one with a name that datasets ignores.
+        links = [Path(folder, name) for name in folders if os.path.islink(Path(folder, name))]
+        folders[:] = sorted(set(folders) - {link.name for link in links if _is_ignored(link, path)})
         real = os.path.realpath(folder)
         if real in seen:
             raise UserError(f"data.path: {folder} and {seen[real]} are the same folder; accepted: each folder once")
         seen[real] = folder
-        if not names and not folders:
+        if not names and not folders and not _is_ignored(Path(folder), path):
             logger.warning("%s is empty: it is not one of the classes", folder)
         files += [Path(folder, name) for name in names]
     return files
+
+
+def _is_ignored(folder: Path, root: Path) -> bool:
+    """Return whether datasets ignores a folder because of its name or one above it, or the file system made it."""
+    return any(part.startswith((".", "__")) or part == "lost+found" for part in folder.relative_to(root).parts)
+
+
+def _report_folders_without_pictures(root: Path, files: list[Path], class_names: list[str]) -> None:
+    """Log folders that look like classes but hold only other files, such as an archive that was not extracted."""
+    folders = {file.parent for file in files}
+    inner = {parent for folder in folders for parent in folder.parents}
+    for folder in sorted(folders - inner - {root}):
+        if folder.name not in class_names and not _is_ignored(folder, root):
+            logger.warning("%s holds no picture: it is not one of the classes", folder)
 
 
 def _files_like(pattern: str, kind: str, path: Path) -> list[Path]:
