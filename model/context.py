@@ -20,9 +20,6 @@ from torch import Tensor
 from latte_flow.model.attention import ContextKeyValues
 from latte_flow.model.settings import MAX_CHARACTERS
 
-TEXT_MARK = "\ue000"
-"""A character for private use, which no chat template holds: it marks where one inserts the user's text."""
-
 
 @dataclass(frozen=True)
 class Context:
@@ -137,51 +134,25 @@ def tokenize_prompts(tokenizer, prompts: Sequence[str]) -> dict[str, Tensor]:
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
 
-def message_ids(tokenizer, text: str, *, image_token: str = "", num_image_tokens: int = 0) -> list[int]:
+def message_ids(tokenizer, text: str, *, with_image: bool = False) -> list[int]:
     """Return the token ids of a user message in the VLM's chat format. Special tokens in the text are text, not control tokens.
 
     Args:
         tokenizer: the VLM's.
         text: the user's words.
-        image_token: the token that stands for a part of a picture.
-        num_image_tokens: how many of them stand for the picture before the text; 0 for no picture.
+        with_image: whether a picture comes before the text; the template writes one placeholder for it.
 
     Raises:
-        ValueError: when the message is too long in its chat format, or the chat template does not insert a text once.
+        ValueError: when the message is too long in its chat format.
     """
-    if any(token in text for token in special_tokens(tokenizer)):
-        # Tokenized apart from the template, whose special tokens stay special.
-        before, *after = _render(tokenizer, TEXT_MARK, image_token, num_image_tokens).split(TEXT_MARK)
-        if len(after) != 1:
-            raise ValueError("tokenizer: its chat template does not insert a user's text exactly once")
-        parts = [(before, False), (text, True), (after[0], False)]
-    else:
-        parts = [(_render(tokenizer, text, image_token, num_image_tokens), False)]
-    return [
-        token
-        for part, as_text in parts
-        for token in tokenizer(part, add_special_tokens=False, split_special_tokens=as_text)["input_ids"]
-    ]
-
-
-def special_tokens(tokenizer) -> list[str]:
-    """Return the texts of a tokenizer's special tokens, such as <|im_end|>."""
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-
-
-def _render(tokenizer, text: str, image_token: str, num_image_tokens: int) -> str:
-    content: str | list = text
-    if num_image_tokens:
-        content = [{"type": "image"}, {"type": "text", "text": text}]
+    content = [{"type": "image"}, {"type": "text", "text": text}] if with_image else text
     chat = [{"role": "user", "content": content}]
-    rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    if num_image_tokens:  # the template writes one, before the text
-        rendered = rendered.replace(image_token, image_token * num_image_tokens, 1)
-    if len(rendered) > MAX_CHARACTERS:  # a chat template is a program: its output may be much longer than the prompt
-        raise ValueError(
-            f"prompts: {len(rendered)} characters in the tokenizer's chat format; accepted: up to {MAX_CHARACTERS}"
-        )
-    return rendered
+    ids = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+    )
+    if len(ids) > MAX_CHARACTERS:  # a chat template is a program: its output may be much longer than the prompt
+        raise ValueError(f"prompts: {len(ids)} tokens in the tokenizer's chat format; accepted: up to {MAX_CHARACTERS}")
+    return ids
 
 
 def truncate_prompts(tokenizer, prompts: Sequence[str], max_tokens: int | None) -> list[str]:

@@ -3,7 +3,7 @@
 import json
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
@@ -223,9 +223,9 @@ class LatteFlowPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         seed: int | None = None,
         latents: Tensor | None = None,
-        solver: str = "euler",
         output_type: str = "pil",
         return_dict: bool = True,
+        **sampler,
     ) -> ImagePipelineOutput | tuple:
         """Generate images, with the arguments and the output of diffusers' pipelines.
 
@@ -237,9 +237,9 @@ class LatteFlowPipeline(DiffusionPipeline):
             generator: draws the noise; one, or one an image. None: see ``seed``.
             seed: image i depends on (seed, i) alone, as with ``generate`` and tools/sample.py; None draws one.
             latents: the noise itself, [B, C, H, W].
-            solver: ``euler`` or ``heun``.
             output_type: ``pil``; ``np``, [B, R, R, c] in [0, 1]; ``pt``, [B, c, R, R] in [0, 1]; ``latent``, [B, C, H, W].
             return_dict: whether to return an object with ``images``, or a tuple.
+            sampler: the solver and the time grid, as model.sampling.sample_latents takes them.
 
         Raises:
             ValueError: when an argument is not accepted; the message names it.
@@ -258,7 +258,8 @@ class LatteFlowPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         elif latents is None:
             seed = int(torch.randint(2**32, ())) if seed is None else seed
-            latents = initial_noise(image_seeds(seed, 0, len(prompts)), self._noise_shape)
+            sampler["seeds"] = image_seeds(seed, 0, len(prompts))
+            latents = initial_noise(sampler["seeds"], self._noise_shape)
         elif latents.shape != shape:
             raise ValueError(f"latents: got {list(latents.shape)}; accepted: {list(shape)}")
         latents = self._sample(
@@ -266,8 +267,8 @@ class LatteFlowPipeline(DiffusionPipeline):
             latents,
             num_steps=num_inference_steps,
             cfg_scale=guidance_scale,
-            solver=solver,
             progress=self.progress_bar,
+            **sampler,
         )
         if output_type == "latent":
             images = latents
@@ -284,8 +285,7 @@ class LatteFlowPipeline(DiffusionPipeline):
         first_image: int = 0,
         num_steps: int = 40,
         cfg_scale: float = 5.0,
-        solver: str = "euler",
-        progress: Callable[[Iterable], Iterable] = iter,
+        **sampler,
     ) -> np.ndarray:
         """Generate one image a prompt, as bytes: for tools that draw many, batch after batch.
 
@@ -295,15 +295,15 @@ class LatteFlowPipeline(DiffusionPipeline):
             first_image: i of the first image.
             num_steps: steps of the sampler.
             cfg_scale: classifier-free guidance; 1 is none.
-            solver: ``euler`` or ``heun``.
-            progress: wraps the iterable of steps, e.g. tqdm.
+            sampler: the solver, the time grid and a progress bar, as model.sampling.sample_latents takes them.
 
         Returns:
             Images as bytes, [B, R, R] (grey) or [B, R, R, 3].
         """
-        noise = initial_noise(image_seeds(seed, first_image, len(prompts)), self._noise_shape)
-        options = {"num_steps": num_steps, "cfg_scale": cfg_scale, "solver": solver, "progress": progress}
-        images = to_uint8(self._decode(self._sample(prompts, noise, **options)))
+        seeds = image_seeds(seed, first_image, len(prompts))
+        noise = initial_noise(seeds, self._noise_shape)
+        latents = self._sample(prompts, noise, num_steps=num_steps, cfg_scale=cfg_scale, seeds=seeds, **sampler)
+        images = to_uint8(self._decode(latents))
         self.maybe_free_model_hooks()
         return images
 
@@ -342,7 +342,7 @@ class LatteFlowPipeline(DiffusionPipeline):
             raise ValueError(f"question: got {question!r}; accepted: a text")
         if image is not None and not isinstance(image, Image.Image):
             raise ValueError(f"image: got a {type(image).__name__}; accepted: a PIL image, or None")
-        inputs, num_image_tokens = {}, 0
+        inputs, ids = {}, message_ids(self.tokenizer, question, with_image=image is not None)
         if image is not None:
             if self.image_processor is None:
                 raise ValueError(
@@ -350,11 +350,10 @@ class LatteFlowPipeline(DiffusionPipeline):
                 )
             inputs = dict(self.image_processor(images=[image.convert("RGB")], return_tensors="pt"))
             inputs["pixel_values"] = inputs["pixel_values"].to(vlm.dtype)
-            num_image_tokens = (
-                int(inputs["image_grid_thw"].prod()) // self.image_processor.merge_size**2
-            )  # merged patches
-        image_token = self.tokenizer.convert_ids_to_tokens(vlm.config.image_token_id)
-        ids = message_ids(self.tokenizer, question, image_token=image_token, num_image_tokens=num_image_tokens)
+            # The template writes one placeholder per picture; each merged patch needs one.
+            patches = int(inputs["image_grid_thw"].prod()) // self.image_processor.merge_size**2
+            place = ids.index(vlm.config.image_token_id)
+            ids[place : place + 1] = [vlm.config.image_token_id] * patches
         inputs |= self.tokenizer.pad({"input_ids": [ids]}, return_tensors="pt")
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == vlm.config.image_token_id).long()
         self._onload_backbone()

@@ -19,6 +19,7 @@ class Stream(IntEnum):
     FLIP = 3
     DATA_ORDER = 4
     SAMPLING_NOISE = 5
+    SAMPLING_STEP_NOISE = 6
 
 
 def generator(seed: int, stream: Stream, index: int) -> np.random.Generator:

@@ -1,13 +1,12 @@
-"""Sampling: integrate dx = v dt from noise at t = 0 to data at t = 1 (paper sections 2, 3 and 7).
+"""Sampling: a solver (solvers.py) takes noise to data along a time grid (time_grids.py) (paper sections 2, 3 and 7).
 
-``integrate`` knows nothing of networks; ``sample_latents`` gives it the velocity of a LatteFlowModel: strict experts (each
-evaluation runs the one group that owns its timestep), classifier-free guidance as one doubled batch, and the context's keys and
-values projected once.
+``sample_latents`` gives it the velocity of a LatteFlowModel: strict experts (each step runs the one group that owns its first
+timestep), classifier-free guidance as one doubled batch, and the context's keys and values projected once.
 
 Shapes: B images, C latent channels, (H, W) latent size.
 """
 
-import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -15,55 +14,10 @@ import torch
 from torch import Tensor
 
 from latte_flow.model.context import Context
-from latte_flow.model.flow_matching import NUM_TRAIN_TIMESTEPS
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.randomness import Stream, standard_normal
-
-SOLVERS = ("euler", "heun")
-
-
-def uniform_times(num_steps: int) -> list[float]:
-    """Return the num_steps + 1 uniformly spaced times from t = 0 to t = 1.
-
-    Raises:
-        ValueError: when num_steps is not positive.
-    """
-    if num_steps < 1:
-        raise ValueError(f"num_steps: got {num_steps}; accepted: 1 or more")
-    return [i / num_steps for i in range(num_steps + 1)]
-
-
-def integrate(
-    velocity: Callable[[Tensor, float], Tensor],
-    x: Tensor,
-    times: Sequence[float],
-    solver: str = "euler",
-    progress: Callable[[Iterable], Iterable] = iter,
-) -> Tensor:
-    """Integrate dx/dt = velocity(x, t) along a grid of times.
-
-    Args:
-        velocity: a function of x and of the time t, a Python number, so that choosing an expert needs no device read.
-        x: the state at times[0].
-        times: the grid, ascending.
-        solver: ``euler``, first order, one evaluation a step; ``heun``, second order, two (the trapezoidal rule).
-        progress: wraps the iterable of steps, e.g. tqdm.
-
-    Returns:
-        The state at times[-1].
-
-    Raises:
-        ValueError: when the solver is unknown.
-    """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver: {solver!r} is unknown; accepted values: {', '.join(SOLVERS)}")
-    for t, t_next in progress(list(itertools.pairwise(times))):
-        dt = t_next - t
-        slope = velocity(x, t)
-        if solver == "heun":
-            slope = (slope + velocity(x + dt * slope, t_next)) / 2
-        x = x + dt * slope
-    return x
+from latte_flow.model.solvers import integrate
+from latte_flow.model.time_grids import make_timesteps
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
@@ -92,6 +46,12 @@ def sample_latents(
     num_steps: int = 40,
     cfg_scale: float = 1.0,
     solver: str = "euler",
+    time_grid: str = "uniform",
+    shift: float | None = None,
+    timesteps: Sequence[float] | None = None,
+    align_to_experts: bool = False,
+    allow_skipped_experts: bool = False,
+    seeds: Sequence[int] | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Tensor:
     """Turn noise into latents.
@@ -101,17 +61,20 @@ def sample_latents(
         noise: x at t = 0, [B, C, H, W].
         context: the context of each image's prompt, B rows, every layer.
         null_context: the context of the null prompt, B rows or one; needed when cfg_scale is not 1.
-        num_steps: steps of the integration (paper: 40).
+        num_steps, time_grid, shift, timesteps, align_to_experts, allow_skipped_experts: see time_grids.make_timesteps.
         cfg_scale: s of v = v_null + s (v_cond - v_null); 1 is no guidance and costs half (paper: 5).
-        solver: ``euler`` or ``heun``.
+        solver: a key of ``solvers.SOLVERS``.
+        seeds: one per image, for solvers that draw noise.
         progress: wraps the iterable of steps, e.g. tqdm.
 
     Returns:
         Latents [B, C, H, W], float32, on the model's device.
 
     Raises:
-        ValueError: when guidance is asked for without a null context.
+        ValueError: when guidance is asked for without a null context, or an argument is invalid; the message names it.
     """
+    if math.isnan(cfg_scale):
+        raise ValueError("cfg_scale: got nan; accepted: a number")
     device = model.device
     guided = cfg_scale != 1.0
     context = context.to(device)
@@ -124,9 +87,7 @@ def sample_latents(
         context = context.concatenate(null_context)
     key_values = model.project_context(context)
 
-    def velocity(x: Tensor, t: float) -> Tensor:
-        tau = NUM_TRAIN_TIMESTEPS * (1.0 - t)
-        group = model.experts.owner(tau)
+    def velocity(x: Tensor, tau: float, group: int) -> Tensor:
         batch = torch.cat([x, x]) if guided else x
         timesteps = torch.full((len(batch),), tau, device=device)
         v = model.forward_group(batch, timesteps, key_values, group)[0].float()
@@ -135,4 +96,22 @@ def sample_latents(
             v = null + cfg_scale * (conditional - null)
         return v
 
-    return integrate(velocity, noise.to(device).float(), uniform_times(num_steps), solver, progress)
+    def step_noise(index: int) -> Tensor:
+        assert seeds is not None
+        shape = tuple(noise.shape[1:])
+        draws = [standard_normal(seed, Stream.SAMPLING_STEP_NOISE, index, shape) for seed in seeds]
+        return torch.from_numpy(np.stack(draws)).to(device)
+
+    grid = make_timesteps(
+        model.experts,
+        model.config.num_image_tokens,
+        num_steps=num_steps,
+        time_grid=time_grid,
+        shift=shift,
+        timesteps=timesteps,
+        align_to_experts=align_to_experts,
+        allow_skipped_experts=allow_skipped_experts,
+    )
+    draw = None if seeds is None else step_noise
+    x = noise.to(device).float()
+    return integrate(velocity, x, grid, solver, owner=model.experts.owner, noise=draw, progress=progress)

@@ -23,7 +23,10 @@ from PIL import Image
 
 from latte_flow.model.images import grid_scale, make_grid, to_pil
 from latte_flow.model.pipeline import LatteFlowPipeline
-from latte_flow.model.sampling import SOLVERS, image_seeds
+from latte_flow.model.sampling import image_seeds
+from latte_flow.model.solvers import SOLVERS
+from latte_flow.model.tables import look_up
+from latte_flow.model.time_grids import make_timesteps
 from latte_flow.tools.command_line import check_paths, check_positive, run_function
 from latte_flow.training.checkpoint.opening import WEIGHTS, RemovedError, find_checkpoint, is_pipeline, load_pipeline
 from latte_flow.training.distributed.collectives import agree, gather, is_first_rank
@@ -43,7 +46,12 @@ def sample(
     num_images: int | None = None,
     num_steps: int = 40,
     cfg_scale: float = 5.0,
-    solver: Literal[*SOLVERS] = "euler",
+    solver: str = "euler",
+    time_grid: str = "uniform",
+    shift: float | None = None,
+    timesteps: str | None = None,
+    align_to_experts: bool = False,
+    allow_skipped_experts: bool = False,
     seed: int = 0,
     batch_size: int = 50,
     weights: Literal[*WEIGHTS] = "ema",
@@ -62,7 +70,12 @@ def sample(
         num_images: number of images; default: one per class or prompt
         num_steps: number of sampling steps
         cfg_scale: classifier-free guidance scale; 1 disables guidance
-        solver: ODE solver
+        solver: euler, heun, ab2, dpmpp or sde
+        time_grid: uniform, or shifted towards the noise
+        shift: of the shifted grid; default: sqrt(image tokens / 64)
+        timesteps: the timesteps themselves, such as 1000,750,500,250,0, in place of a grid
+        align_to_experts: move the nearest timestep onto each boundary between experts
+        allow_skipped_experts: accept fewer steps than experts
         seed: random seed
         batch_size: images drawn at once
         weights: averaged (ema) or trained (model) weights
@@ -97,6 +110,18 @@ def sample(
     pipeline = load(path, dtype=getattr(torch, dtype), **options)
     pipeline.to(device)
     conditions = _conditions(classes, prompts, pipeline.config.class_names)
+    sampler = {
+        "num_steps": num_steps,
+        "time_grid": time_grid,
+        "shift": shift,
+        "timesteps": _numbers(timesteps),
+        "align_to_experts": align_to_experts,
+        "allow_skipped_experts": allow_skipped_experts,
+    }
+    look_up(SOLVERS, solver, "solver")
+    make_timesteps(
+        pipeline.model.experts, pipeline.model.config.num_image_tokens, **sampler
+    )  # before the folder is made
     total = num_images or len(conditions)
     folder.mkdir(parents=True, exist_ok=True)
     batches = [range(first, min(first + batch_size, total)) for first in range(0, total, batch_size)][rank::world_size]
@@ -104,9 +129,8 @@ def sample(
     with progress_bar(total=sum(map(len, batches)), unit="image", desc="sampling", disable=rank != 0) as progress:
         for numbers in batches:
             batch, first = [conditions[i % len(conditions)] for i in numbers], numbers[0]
-            images = pipeline.generate(
-                batch, seed=seed, first_image=first, num_steps=num_steps, cfg_scale=cfg_scale, solver=solver
-            )
+            options = {"seed": seed, "first_image": first, "cfg_scale": cfg_scale, "solver": solver}
+            images = pipeline.generate(batch, **options, **sampler)
             seeds = image_seeds(seed, first, len(batch))
             for i, (image, condition) in enumerate(zip(images, batch, strict=True)):
                 name = f"{first + i:06d}.png"
@@ -119,6 +143,18 @@ def sample(
         dist.destroy_process_group()
     if rank == 0:
         _finish(folder, sorted(lines, key=lambda line: line["file"]), len(conditions))
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    """Return the numbers of a comma-separated list.
+
+    Raises:
+        UserError: when one is no number.
+    """
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"timesteps: got {text!r}; accepted: numbers such as 1000,750,500,250,0") from error
 
 
 def _load_together(path: Path, **options) -> LatteFlowPipeline:

@@ -49,7 +49,7 @@ from latte_flow.training.distributed.ranks import Ranks
 from latte_flow.training.distributed.zero import mark_universal
 from latte_flow.training.errors import UserError, naming
 from latte_flow.training.initial_weights import load_initial_weights
-from latte_flow.training.monitor.sample_grid import samples_per_rank
+from latte_flow.training.monitor.sample_grid import check_sampler, samples_per_rank
 
 BACKBONES = Path(__file__).parent / "configs" / "backbones"
 BUNDLED = {
@@ -275,6 +275,8 @@ def _make_model_config(config: TrainingConfig, vlm_config: PretrainedConfig, cod
         **asdict(config.model),
     )
     check_tensor_parallel(model_config.text_config, config.tensor_parallel)
+    with naming("sample"):
+        check_sampler(config.sample, model_config)
     if model_config.attention_spec().backend == "flash" and config.precision != "bf16":
         raise UserError(
             f"model.attention_backend: flash requires precision bf16, not {config.precision}; accepted: reference, sdpa"

@@ -125,7 +125,7 @@ def test_the_installed_commands_train_and_draw(installed, tmp_path):
     """One process without a launcher, then images from its checkpoint."""
     output, drawn = tmp_path / "run", tmp_path / "drawn"
     train(installed, "latte-flow-train", output_dir=output)
-    arguments = [str(output), "--output", str(drawn), "--num_images", "2", "--num_steps", "2"]
+    arguments = [str(output), "--output", str(drawn), "--num_images", "2", "--num_steps", "4"]
     finished = installed.run("latte-flow-sample", *arguments)
     assert finished.code == 0, finished.output
     assert {path.name for path in drawn.iterdir()} == {"000000.png", "000001.png", "samples.jsonl", "grid.png"}

@@ -102,7 +102,7 @@ def test_an_export_finds_its_vlm_and_autoencoder_beside_it_or_asks_for_them(home
     with pytest.raises(UserError, match=rf"vlm\.path: cannot load {tmp_path}/qwen: not found; .*\(vlm_path\)"):
         load_pipeline(folder)
     shutil.copytree(home / "qwen", tmp_path / "qwen")
-    options = {"num_steps": 2, "cfg_scale": 2.0}
+    options = {"num_steps": 4, "cfg_scale": 2.0}
     expected = load_pipeline(home / "checkpoint").generate(["a red square"], **options)
     for arguments in ({}, {"vlm_path": home / "qwen", "codec_path": home / "autoencoder"}):
         assert (load_pipeline(folder, **arguments).generate(["a red square"], **options) == expected).all()
@@ -164,7 +164,7 @@ def test_a_saved_pipeline_holds_no_absolute_path(home, tmp_path):
     with pytest.raises(ValueError, match=rf"cannot load {tmp_path}/qwen: not found; .*\(vlm_path, or vlm\)"):
         LatteFlowPipeline.from_pretrained(tmp_path / "again")
     loaded = LatteFlowPipeline.from_pretrained(tmp_path / "again", vlm_path=str(home / "qwen"))
-    options = {"num_steps": 2, "cfg_scale": 2.0}
+    options = {"num_steps": 4, "cfg_scale": 2.0}
     assert (loaded.generate([""], **options) == pipeline.generate([""], **options)).all()
 
 

@@ -165,16 +165,16 @@ class TestGuidance:
     def test_scale_one_runs_the_conditional_model_alone(self, vlm):
         model = make_model(vlm, num_groups=2)
         context, null = (encode_context(vlm, text_prompts(n), "generation") for n in ((6, 3), (4,)))
-        plain = sample_latents(model, noise(2), context, num_steps=2)
-        assert torch.equal(plain, sample_latents(model, noise(2), context, null, num_steps=2, cfg_scale=1.0))
-        nearly = sample_latents(model, noise(2), context, null, num_steps=2, cfg_scale=1.0 + 1e-6)
+        plain = sample_latents(model, noise(2), context, num_steps=4)
+        assert torch.equal(plain, sample_latents(model, noise(2), context, null, num_steps=4, cfg_scale=1.0))
+        nearly = sample_latents(model, noise(2), context, null, num_steps=4, cfg_scale=1.0 + 1e-6)
         torch.testing.assert_close(nearly, plain, rtol=1e-3, atol=1e-3)
 
     def test_scale_zero_is_the_null_prompt(self, vlm):
         model = make_model(vlm, num_groups=2)
         context, null = (encode_context(vlm, text_prompts(n), "generation") for n in ((6, 3), (4,)))
-        ours = sample_latents(model, noise(2), context, null, num_steps=2, cfg_scale=0.0)
-        unconditional = sample_latents(model, noise(2), null.gather(torch.tensor([0, 0])), num_steps=2)
+        ours = sample_latents(model, noise(2), context, null, num_steps=4, cfg_scale=0.0)
+        unconditional = sample_latents(model, noise(2), null.gather(torch.tensor([0, 0])), num_steps=4)
         torch.testing.assert_close(ours, unconditional, rtol=1e-4, atol=1e-4)
 
     def test_without_a_null_prompt_is_refused(self, vlm):

@@ -365,9 +365,7 @@ class TestLengths:
     def test_the_output_of_a_chat_template_is_limited(self, pipeline):
         tokenizer = copy.deepcopy(pipeline.tokenizer)
         tokenizer.chat_template = "{% for i in range(99999) %}{{ messages[0]['content'] }}{% endfor %}"
-        with pytest.raises(
-            ValueError, match=r"prompts: 1999980 characters in the tokenizer's chat format; accepted: up to"
-        ):
+        with pytest.raises(ValueError, match=r"prompts: \d+ tokens in the tokenizer's chat format; accepted: up to"):
             tokenize_prompts(tokenizer, ["x" * 20])
 
     def test_a_long_range_of_a_chat_template_is_refused_by_its_sandbox(self, pipeline):

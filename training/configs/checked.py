@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import reprlib
+from collections.abc import Mapping
 from typing import Annotated, TypeVar, cast, dataclass_transform
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -40,6 +41,17 @@ def check_path(text: str | None) -> str | None:
             "a path without * ? [ ] :: or line breaks, in the folders above it too, that does not start with -"
         )
     return text
+
+
+def one_of(table: Mapping[str, object]) -> AfterValidator:
+    """Accept the names in a table, also of entries that are added later."""
+
+    def check(name: str) -> str:
+        if name not in table:
+            raise ValueError(", ".join(table))
+        return name
+
+    return AfterValidator(check)
 
 
 # Strict: neither true nor "1" is accepted as 1.

@@ -11,6 +11,8 @@ from pydantic import Field
 
 from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.settings import PromptTemplate
+from latte_flow.model.solvers import SOLVERS
+from latte_flow.model.time_grids import TIME_GRIDS
 from latte_flow.training.configs.checked import (
     Fraction,
     NonNegativeFloat,
@@ -21,6 +23,7 @@ from latte_flow.training.configs.checked import (
     PositiveInt,
     Real,
     checked,
+    one_of,
 )
 from latte_flow.training.errors import UserError
 
@@ -228,7 +231,11 @@ class SampleConfig:
         num_images: images in a grid, one per prompt in order, starting over after the last prompt.
         num_steps: sampling steps (paper: 40).
         cfg_scale: classifier-free guidance scale; 1 disables guidance (paper: 5).
-        solver: euler or heun.
+        solver: euler, heun, ab2, dpmpp or sde (docs/sampling.md), or one that was registered.
+        time_grid: uniform, or shifted towards the noise.
+        shift: of the shifted grid; null: sqrt(image tokens / 64).
+        align_to_experts: whether to move the nearest timestep onto each boundary between experts.
+        allow_skipped_experts: whether fewer steps than experts are accepted.
         seed: seed of the grid's noise.
     """
 
@@ -236,7 +243,11 @@ class SampleConfig:
     num_images: PositiveInt = 64
     num_steps: PositiveInt = 40
     cfg_scale: Real = 5.0
-    solver: Literal["euler", "heun"] = "euler"
+    solver: Annotated[str, one_of(SOLVERS)] = "euler"
+    time_grid: Annotated[str, one_of(TIME_GRIDS)] = "uniform"
+    shift: PositiveFloat | None = None
+    align_to_experts: bool = False
+    allow_skipped_experts: bool = False
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0  # 64 bits together with the image's index
 
 

@@ -8,8 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from latte_flow.model.codecs import LatentCodec
+from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.images import grid_scale, make_grid, to_uint8
 from latte_flow.model.sampling import image_seeds, initial_noise, sample_latents
+from latte_flow.model.time_grids import make_timesteps
 from latte_flow.training.configs.fields import SampleConfig
 from latte_flow.training.data.context_cache import ContextSource
 from latte_flow.training.distributed.ranks import Ranks
@@ -19,6 +21,22 @@ from latte_flow.training.optimizer import ema_weights
 def samples_per_rank(config: SampleConfig, ranks: Ranks) -> int:
     """Return how many images of a grid each rank draws: equal shares, so that all ranks run the modules equally often."""
     return -(-config.num_images // ranks.data_size)
+
+
+def grid_options(config: SampleConfig) -> dict:
+    """Return the arguments of model.time_grids.make_timesteps."""
+    names = ("num_steps", "time_grid", "shift", "align_to_experts", "allow_skipped_experts")
+    return {name: getattr(config, name) for name in names}
+
+
+def check_sampler(config: SampleConfig, model_config: LatteFlowConfig) -> None:
+    """Check the time grid of a run that draws sample grids.
+
+    Raises:
+        ValueError: names the field, and what is accepted.
+    """
+    if config.every:
+        make_timesteps(model_config.timestep_experts(), model_config.num_image_tokens, **grid_options(config))
 
 
 class SampleGrid:
@@ -64,14 +82,16 @@ class SampleGrid:
                 assert self.prompt_inputs is not None
                 distinct, rows = torch.unique(rows.to(engine.device), return_inverse=True)
                 context = model.encode_context({n: tokens[distinct] for n, tokens in self.prompt_inputs.items()})
+            seeds = image_seeds(config.seed, first, share)
             latents = sample_latents(
                 model,
-                initial_noise(image_seeds(config.seed, first, share), latent_shape),
+                initial_noise(seeds, latent_shape),
                 context.gather(rows[:-1]),
                 context.gather(rows[-1:]),
-                num_steps=config.num_steps,
                 cfg_scale=config.cfg_scale,
                 solver=config.solver,
+                seeds=seeds,
+                **grid_options(config),
             )
         images = self.codec.decode(latents).float().contiguous()
         parts = [torch.empty_like(images) for _ in range(self.ranks.data_size)]

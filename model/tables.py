@@ -1,0 +1,29 @@
+"""Tables of named components, such as solvers, that code outside the package adds entries to."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+Entry = TypeVar("Entry", bound=Callable)
+
+
+def enter(table: dict, name: str, entry: Entry) -> Entry:
+    """Add an entry to a table and return it.
+
+    Raises:
+        ValueError: when the name is taken.
+    """
+    if name in table:
+        raise ValueError(f"{name!r} is taken; accepted: another name than {', '.join(table)}")
+    table[name] = entry
+    return entry
+
+
+def look_up(table: dict[str, Entry], name: str, argument: str) -> Entry:
+    """Return the entry of a table.
+
+    Raises:
+        ValueError: when the name is unknown; the message begins with the argument and lists the table.
+    """
+    if name not in table:
+        raise ValueError(f"{argument}: {name!r} is unknown; accepted values: {', '.join(table)}")
+    return table[name]
