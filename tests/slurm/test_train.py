@@ -9,8 +9,11 @@ import pytest
 from latte_flow.training.monitor.preemption import REQUEUE_FILE, STOP_FILE
 from tests.integration.launching import server_environment, start_ranks
 
-STEPS = 60
-SMALL = ("--global_batch_size", "32", "--max_steps", str(STEPS), "--logging.every", "1", "--sample.every", "0")
+STEPS = 150
+SMALL = (
+    *("--global_batch_size", "32", "--max_steps", str(STEPS), "--logging.every", "1", "--sample.every", "0"),
+    *("--vlm.tiny.hidden_size", "32", "--vlm.tiny.intermediate_size", "64"),
+)
 TIMEOUT = 200
 
 

@@ -384,7 +384,7 @@ def test_what_the_flash_kernel_cannot_take_goes_through_sdpa_and_says_so_once(fl
     """A checkpoint trained with flash is sampled in float32, or on the CPU, too."""
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "flash_attn", flash_attn)
-    attention._say_once.cache_clear()
+    attention._warn_once.cache_clear()
     sizes = {
         "residual": True,
         "residual_source": "raw",
@@ -397,6 +397,6 @@ def test_what_the_flash_kernel_cannot_take_goes_through_sdpa_and_says_so_once(fl
     for ours, theirs in zip(*outputs, strict=True):
         assert torch.equal(ours, theirs)
     assert flash_attn.calls == []
-    assert [record.message for record in caplog.records if "goes through sdpa" in record.message] == [
-        "attention_backend flash takes (torch.float16, torch.bfloat16) on CUDA; torch.float64 on cpu goes through sdpa"
+    assert [record.message for record in caplog.records if "uses sdpa" in record.message] == [
+        "attention_backend flash takes (torch.float16, torch.bfloat16) on CUDA; torch.float64 on cpu uses sdpa instead"
     ]
