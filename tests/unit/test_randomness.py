@@ -86,6 +86,7 @@ def test_streams_keep_their_numbers():
         "FLIP": 3,
         "DATA_ORDER": 4,
         "SAMPLING_NOISE": 5,
+        "SAMPLING_STEP_NOISE": 6,
     }
 
 
