@@ -118,10 +118,11 @@ def sample(
         "align_to_experts": align_to_experts,
         "allow_skipped_experts": allow_skipped_experts,
     }
-    look_up(SOLVERS, solver, "solver")
-    make_timesteps(
-        pipeline.model.experts, pipeline.model.config.num_image_tokens, **sampler
-    )  # before the folder is made
+    try:  # before the folder is made
+        look_up(SOLVERS, solver, "solver")
+        make_timesteps(pipeline.model.experts, pipeline.model.config.num_image_tokens, **sampler)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     total = num_images or len(conditions)
     folder.mkdir(parents=True, exist_ok=True)
     batches = [range(first, min(first + batch_size, total)) for first in range(0, total, batch_size)][rank::world_size]

@@ -196,6 +196,12 @@ def test_damaged_checkpoints_are_an_error_and_not_a_restart_from_zero(command, s
         pytest.param(["--batch_size", "0"], ["batch_size", "1 or more"], id="batch"),
         pytest.param(["--seed", "-1"], ["seed", "-1", "0 to 2^32 - 1"], id="seed"),
         pytest.param(["--num_steps", "0"], ["num_steps", "1 or more"], id="steps"),
+        pytest.param(["--num_steps", "3"], ["num_steps: 3 steps run 3 of the 4 experts"], id="fewer-steps-than-experts"),
+        pytest.param(["--solver", "rk4"], ["solver", "'rk4'", "euler, heun, ab2, dpmpp, sde"], id="solver"),
+        pytest.param(["--time_grid", "cosine"], ["time_grid", "'cosine'", "uniform, shifted"], id="grid"),
+        pytest.param(["--timesteps", "1000,x"], ["timesteps", "'1000,x'"], id="no-timestep"),
+        pytest.param(["--timesteps", "900,0"], ["timesteps", "strictly descending from 1000 to 0"], id="timesteps"),
+        pytest.param(["--cfg_scale", "nan"], ["cfg_scale", "nan"], id="guidance"),
     ],
 )
 def test_sampling_refuses_what_it_cannot_draw(command, short_run, arguments, words):
