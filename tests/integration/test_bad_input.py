@@ -54,6 +54,9 @@ def test_an_unknown_field_in_a_file_under_the_launcher(tmp_path):
     [
         pytest.param(["--optimizer.learning_rate", "1"], ["optimizer.learning_rate"], id="unknown-field"),
         pytest.param(["--model.num_groups", "3"], ["num_groups", "3", "1, 2, 4, 8"], id="groups"),
+        pytest.param(
+            ["--sample.num_steps", "3"], ["sample.num_steps: 3 steps run 3 of the 4 experts"], id="grid-steps"
+        ),
         pytest.param(["--max_steps", "many"], ["max_steps", "int"], id="wrong-type"),
         pytest.param(["--max_steps", "0"], ["max_steps", "0", "greater than 0"], id="out-of-range"),
         pytest.param(["--data.prompt_template", "a digit"], ["data.prompt_template", "{}"], id="template"),
@@ -196,7 +199,9 @@ def test_damaged_checkpoints_are_an_error_and_not_a_restart_from_zero(command, s
         pytest.param(["--batch_size", "0"], ["batch_size", "1 or more"], id="batch"),
         pytest.param(["--seed", "-1"], ["seed", "-1", "0 to 2^32 - 1"], id="seed"),
         pytest.param(["--num_steps", "0"], ["num_steps", "1 or more"], id="steps"),
-        pytest.param(["--num_steps", "3"], ["num_steps: 3 steps run 3 of the 4 experts"], id="fewer-steps-than-experts"),
+        pytest.param(
+            ["--num_steps", "3"], ["num_steps: 3 steps run 3 of the 4 experts"], id="fewer-steps-than-experts"
+        ),
         pytest.param(["--solver", "rk4"], ["solver", "'rk4'", "euler, heun, ab2, dpmpp, sde"], id="solver"),
         pytest.param(["--time_grid", "cosine"], ["time_grid", "'cosine'", "uniform, shifted"], id="grid"),
         pytest.param(["--timesteps", "1000,x"], ["timesteps", "'1000,x'"], id="no-timestep"),
