@@ -277,7 +277,8 @@ class TestNumbers:
     @pytest.mark.parametrize(("step", "shown"), [(-5, "-5"), (2**200, "an integer of 201 bits")])
     @pytest.mark.parametrize("file", ["universal", "safetensors", "pt", "export.json"])
     def test_steps_that_no_run_has_are_refused(self, home, folder, tmp_path, file, step, shown):
-        weights = {name: open_weights(folder).read(name) for name in open_weights(folder).tensors}
+        source = open_weights(folder)
+        weights = {name: source.read(name) for name in source.tensors}
         if file == "universal":
             states = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)
             torch.save(states | {"step": step}, folder / "mp_rank_00_model_states.pt")
