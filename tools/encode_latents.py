@@ -13,7 +13,6 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -240,25 +239,7 @@ def _encode(
     num_workers: int,
     progress: tqdm,
 ) -> None:
-    """Encode and write shards."""
-    for shard, latents, sources in _encoded_shards(writer, shards, images, codec, batch_size, num_workers, progress):
-        rows = [int(images.prompt_rows[i]) for i in sources]
-        conditions = rows if images.class_names is not None else [images.captions[row] for row in rows]
-        broken = [i for i, used in zip(writer.rows(shard), sources, strict=True) if i != used]
-        writer.write_shard(shard, latents, conditions, sources, {i: images.reason_broken(i) for i in broken})
-        _update(progress, writer)
-
-
-def _encoded_shards(
-    writer: LatentWriter,
-    shards: list[int],
-    images: ImageDataset,
-    codec: LatentCodec,
-    batch_size: int,
-    num_workers: int,
-    progress: tqdm,
-) -> Iterator[tuple[int, dict[str, torch.Tensor], list[int]]]:
-    """Yield each shard with its latents [n, C, H, W] in bfloat16 by column, and the source image of each row.
+    """Encode and write shards: latents [n, C, H, W] in bfloat16 by column, and the source image of each row.
 
     No batch spans two shards, so an image is in the same batch however the shards are distributed over ranks.
     """
@@ -284,7 +265,12 @@ def _encoded_shards(
                     parts[name].append(latents.to(torch.bfloat16).cpu())
             sources += used.tolist()
             progress.update(len(indices))
-        yield shard, {name: torch.cat(part) for name, part in parts.items()}, sources
+        rows = [int(images.prompt_rows[i]) for i in sources]
+        conditions = rows if images.class_names is not None else [images.captions[row] for row in rows]
+        broken = [i for i, used in zip(writer.rows(shard), sources, strict=True) if i != used]
+        shard_latents = {name: torch.cat(part) for name, part in parts.items()}
+        writer.write_shard(shard, shard_latents, conditions, sources, {i: images.reason_broken(i) for i in broken})
+        _update(progress, writer)
 
 
 def _update(progress: tqdm, writer: LatentWriter) -> int:
