@@ -31,15 +31,10 @@ from tests.integration import launching
 from tests.integration.launching import ROOT, SERVER, environment, free_port, metrics
 from tests.tiny_models import save_tiny_dc_ae
 
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
+
 IMAGES = 400
 RESOLUTION = 32
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
 
 
 @pytest.fixture(scope="module")

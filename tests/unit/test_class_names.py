@@ -13,6 +13,8 @@ from latte_flow.training.data.class_names import resolve_class_names
 from latte_flow.training.data.datasets import load_image_dataset
 from latte_flow.training.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
+
 SYNSETS = {
     "n01440764": "tench, Tinca tinca",
     "n02012849": "crane",
@@ -23,13 +25,6 @@ SYNSETS = {
 """Lines of LOC_synset_mapping.txt: the two cranes are a bird and a machine, the two maillots tights and a swimsuit."""
 NAMES = ["tench", "crane", "crane", "maillot", "maillot"]
 SIDE = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
 
 
 @pytest.fixture(scope="module")
