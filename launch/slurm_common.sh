@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the SLURM batch scripts: environment, communication settings, one launcher per node, stopping and requeueing.
+# Sourced by the SLURM batch scripts: environment, communication settings, one process per GPU, stopping and requeueing.
 #
+# LATTE_FLOW_RANKS=N         processes per node; default: one per GPU, or one on a CPU.
 # LATTE_FLOW_LOGS=DIR        folder for the nodes' logs; default: runs/slurm in the repository.
 # LATTE_FLOW_MASTER_ADDR=H   address of the job's first node for the other nodes; default: its address in SLURM.
 # MASTER_PORT=N              its port; default: derived from the job id.
@@ -38,7 +39,7 @@ export_settings() {
     export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
     # Log lines appear immediately; output to a file is otherwise buffered in kilobytes.
     export PYTHONUNBUFFERED=1
-    # OMP_NUM_THREADS depends on the node's cores and is set in launch/slurm_node.sh.
+    # OMP_NUM_THREADS depends on the node's cores and is set in launch/slurm_rank.sh.
 
     local first
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -47,9 +48,18 @@ export_settings() {
     # Jobs that share a node must not use the same port; the range is below the kernel's ephemeral ports.
     MASTER_PORT=${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}
     export MASTER_ADDR MASTER_PORT
+
+    setup_accelerator
+    ranks_per_node=${LATTE_FLOW_RANKS:-}
+    if [ "${DS_ACCELERATOR:-}" = cpu ]; then
+        ranks_per_node=${ranks_per_node:-1}
+    fi
+    # The GPUs visible to torch on this node, the first; with CUDA_VISIBLE_DEVICES these may be fewer than nvidia-smi shows.
+    ranks_per_node=${ranks_per_node:-$(python -c 'import torch; print(torch.cuda.device_count())')}
+    export ranks_per_node
 }
 
-# Start one launcher per node, which runs a program on every GPU, and wait for all of them to end.
+# Start a program on every GPU of every node, and wait for all ranks to end.
 #   run_on_all_ranks PROGRAM [ARGUMENT ...]
 # Calls on_signal when SLURM sends USR1 (#SBATCH --signal=B:USR1@SECONDS, before the time limit, or scancel --batch
 # --signal=USR1). Sets $cancelled when scancel, preemption or the time limit is ending the job. Returns srun's status.
@@ -60,12 +70,11 @@ run_on_all_ranks() {
     logs=${LATTE_FLOW_LOGS:-$ROOT/runs/slurm}/$SLURM_JOB_ID/restart-${SLURM_RESTART_COUNT:-0}
     mkdir -p "$logs"
     say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), nodes: $SLURM_JOB_NODELIST; logs: $logs/node-*.log"
-    # --kill-on-bad-exit: when one node fails, the others end too instead of waiting for it in a collective.
-    # --cpu-bind=none: the single task of a node starts all its ranks, which share all cores of the node.
-    # --cpus-per-task: since SLURM 22.05 srun does not inherit it from sbatch.
-    srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none \
-        ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --input=none --output="$logs/node-%n.log" \
-        bash "$ROOT/launch/slurm_node.sh" "$@" &
+    # --kill-on-bad-exit: when one rank fails, the others end too instead of waiting for it in a collective.
+    # --cpu-bind, --gpu-bind: the ranks of a node share its cores, and each sees all its GPUs and uses number LOCAL_RANK.
+    srun --nodes="$SLURM_NNODES" --ntasks=$((SLURM_NNODES * ranks_per_node)) --ntasks-per-node="$ranks_per_node" \
+        --kill-on-bad-exit=1 --cpu-bind=none --gpu-bind=none --input=none --output="$logs/node-%n.log" \
+        bash "$ROOT/launch/slurm_rank.sh" "$@" &
     srun_pid=$!
     trap on_signal USR1
     # SLURM also signals the ranks, and kills everything KillWait seconds later. This script waits for their checkpoint.

@@ -77,7 +77,7 @@ on_signal() {
 status=0
 run_on_all_ranks training/main.py "${arguments[@]}" || status=$?
 
-# Check the marker, not the exit status, which srun and torchrun replace. It names the job to requeue.
+# Check the marker, not the exit status, which srun replaces. It names the job to requeue.
 if [ "$(cat "$output_dir/requeue" 2>/dev/null)" = "$SLURM_JOB_ID" ] && [ "$cancelled" = no ]; then
     requeue
 fi

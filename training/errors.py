@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -31,23 +32,30 @@ def naming(section: str) -> Iterator[None]:
 
 DEAD_WORKER = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: [^.]*|exited unexpectedly)")
 """torch's message for a data worker that died."""
+TRACEBACK = "LATTE_FLOW_TRACEBACK"
+"""Environment variable: 1 prints the traceback of an error that is otherwise one line."""
 FIRST_RANK_SECONDS = 30.0
 """How long the other ranks wait for rank 0 to report an error."""
 
 
 def exit_code(program: Callable[[], None]) -> int:
-    """Run a program; return 0, or 2 after an error the user can fix, which is printed as one line.
+    """Run a program; return 0, 2 after an error the user can fix, which is printed as one line, or 130 after Ctrl-C.
 
     Usually every rank hits the same error and rank 0 reports it. The other ranks wait first, because a launcher kills all ranks
     as soon as one fails, which could kill rank 0 before it prints. An error that rank 0 does not hit is reported by the rank
-    that did. A killed data worker counts as such an error too.
+    that did. A killed data worker counts as such an error too. With LATTE_FLOW_TRACEBACK=1 the traceback is printed first.
     """
     try:
         program()
+    except KeyboardInterrupt:  # a run that trains treats it as a stop request (monitor/preemption.py)
+        print("interrupted", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
     except (UserError, RuntimeError) as error:
         line = _in_one_line(error)
         if line is None:
             raise
+        if os.environ.get(TRACEBACK) == "1":
+            traceback.print_exc()
         rank = int(os.environ.get("RANK", 0))
         if rank != 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run's own handler would delay the exit

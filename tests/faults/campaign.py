@@ -43,6 +43,7 @@ from tests.faults.launches import (
 from tests.faults.moments import ANYWHERE, DATA, LAUNCH, Watch, read_events
 from tests.faults.plan import (
     ALL_RANKS,
+    INT,
     KILL_SECONDS,
     LAUNCHER,
     LEAVES,
@@ -358,7 +359,7 @@ def _do(fault: Fault, launch: Launch, ranks: dict[int, int], run: Path) -> None:
         (run / STOP_MARK).touch()
     elif fault.action in STOPS:
         # A rank whose shard is half written is not the one that is signalled: it learns of it from the other.
-        receivers = with_descendants(everyone) if fault.action == TERM else [ranks[max(ranks)]]
+        receivers = with_descendants(everyone) if fault.action in (TERM, INT) else [ranks[max(ranks)]]
         send(receivers, _number(fault))
     else:
         send(everyone, _number(fault))
@@ -367,7 +368,7 @@ def _do(fault: Fault, launch: Launch, ranks: dict[int, int], run: Path) -> None:
 
 
 def _number(fault: Fault) -> int:
-    return signal.SIGTERM if fault.action in (TERM, TERM_TWICE) else signal.SIGUSR1
+    return {TERM: signal.SIGTERM, TERM_TWICE: signal.SIGTERM, INT: signal.SIGINT}.get(fault.action, signal.SIGUSR1)
 
 
 def _check_signal(start: Start, run: Path, events: list[dict], result: Result) -> None:

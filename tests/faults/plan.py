@@ -32,12 +32,13 @@ VICTIMS = (ONE_RANK, ALL_RANKS, LAUNCHER)
 """Who is killed with SIGKILL."""
 KILL_MOMENTS = (LAUNCH, BUILD, STEP, ANYWHERE, GRID, *SAVE_MOMENTS, RESUME)
 
-TERM, USR1, STOP_FILE, TERM_TWICE, USR1_TWICE = (
-    "SIGTERM to all", "SIGUSR1 to one rank", "stop file", "SIGTERM twice", "SIGUSR1 twice",
+TERM, INT, USR1, STOP_FILE, TERM_TWICE, USR1_TWICE = (
+    "SIGTERM to all", "SIGINT to all", "SIGUSR1 to one rank", "stop file", "SIGTERM twice", "SIGUSR1 twice",
 )  # fmt: skip
-STOPS = (TERM, USR1, STOP_FILE)
-"""How a run is asked to stop. SIGTERM goes to every rank and data worker, as from SLURM's scancel; SIGUSR1 to one rank alone,
-from which the others learn of it; the stop file is what a batch script writes before the job's time limit."""
+STOPS = (TERM, INT, USR1, STOP_FILE)
+"""How a run is asked to stop. SIGTERM goes to every rank and data worker, as from SLURM's scancel, and SIGINT, as from Ctrl-C;
+SIGUSR1 to one rank alone, from which the others learn of it; the stop file is what a batch script writes before the job's time
+limit."""
 LEAVES = (TERM_TWICE, USR1_TWICE)
 """How a run is made to leave at once, without a checkpoint: the same signal again, to every rank."""
 SIGNAL_MOMENTS = (HALF_SHARD, STEP, GRID, DATA)

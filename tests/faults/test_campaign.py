@@ -9,7 +9,7 @@ from tests.faults.campaign import Campaign, training_arguments
 from tests.faults.inspection import step_of
 from tests.faults.launches import start_forked
 from tests.faults.moments import DATA, GRID, HALF_SHARD, STEP
-from tests.faults.plan import STOP_FILE, TERM, USR1, USR1_TWICE, kill_cases, signal_cases
+from tests.faults.plan import INT, STOP_FILE, TERM_TWICE, USR1, kill_cases, signal_cases
 from tests.integration.conftest import REDUCED
 
 SEED, RUNS = 1869, 2
@@ -48,12 +48,12 @@ def test_the_kills_left_torn_and_damaged_checkpoints(campaign):
 
 def test_signals_and_the_stop_file_lead_to_a_checkpoint_and_a_requeue(campaign):
     """In a save, a step, a grid and a wait for data, with and without data workers; a second signal ends the run at once."""
-    chain = [(TERM, HALF_SHARD), (USR1_TWICE, STEP), (STOP_FILE, GRID), (USR1, DATA)]
+    chain = [(INT, HALF_SHARD), (TERM_TWICE, STEP), (STOP_FILE, GRID), (USR1, DATA)]
     (case,) = signal_cases(campaign.schedule, [chain])
     result = campaign.run(case)
     assert result.problems == []
     assert result.equal == EQUAL
     assert [start.stopped_at for start in result.starts] == [4, 4, 9, 11, 12]
-    assert [start.exit_code for start in result.starts] == [75, 128 + signal.SIGUSR1, 75, 75, 0]
+    assert [start.exit_code for start in result.starts] == [75, 128 + signal.SIGTERM, 75, 75, 0]
     assert [start.requeue for start in result.starts] == [True, False, True, True, False]
     assert [start.resumed_from and step_of(start.resumed_from) for start in result.starts] == [None, 4, 4, 9, 11]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.launching import Finished, Ranks, server_environment, start_ranks, train
+from tests.integration.launching import Finished, Ranks, server_environment, start_ranks
 
 REDUCED = {
     "global_batch_size": 32,
@@ -59,7 +59,6 @@ class CommandLines:
         ranks: int = 1,
         zero: str = "zero2",
         output_dir: Path | None = None,
-        launcher: bool = False,
         hooks: tuple[str, ...] = (),
         variables: dict[str, str] | None = None,
         code: int | None = 0,
@@ -71,7 +70,6 @@ class CommandLines:
             ranks: number of processes.
             zero: name of a file of ds_configs/.
             output_dir: None for a new one.
-            launcher: whether the real deepspeed launcher starts it; then there are no hooks.
             hooks: of tests/integration/hooks.py.
             variables: environment variables, for the hooks.
             code: the expected exit code; None for any.
@@ -80,14 +78,11 @@ class CommandLines:
         folder = self._new_folder()
         output_dir = output_dir or folder / "run"
         command = self.training(output_dir, fields, zero)
-        if launcher:
-            finished = train(*command, ranks=ranks)
-        else:
-            variables = {"HOOK_DIR": str(folder)} | (variables or {})
-            started = start_ranks(
-                "training/main.py", command, folder / "log", ranks=ranks, hooks=hooks, variables=variables
-            )
-            finished = started.wait()
+        variables = {"HOOK_DIR": str(folder)} | (variables or {})
+        started = start_ranks(
+            "training/main.py", command, folder / "log", ranks=ranks, hooks=hooks, variables=variables
+        )
+        finished = started.wait()
         assert code in (None, finished.code), finished.output
         return Run(output_dir, finished, folder)
 
@@ -147,9 +142,3 @@ def one_rank(command) -> Run:
 def two_ranks(command) -> Run:
     """The same eight steps on two ranks, watched."""
     return command.train(ranks=2, hooks=("record_batches",))
-
-
-@pytest.fixture(scope="session")
-def launched(command) -> Run:
-    """The same eight steps on two ranks, started by the real launcher."""
-    return command.train(ranks=2, launcher=True)

@@ -2,7 +2,7 @@
 
 ``train`` goes through the real ``deepspeed`` launcher; a start costs 10 to 15 seconds, nearly all of it imports. ``start_ranks``
 runs the same script, from the first line of its ``__main__`` to its exit code, in processes forked from one server that has
-imported everything already. test_training.py checks that both train the same numbers, bit for bit.
+imported everything already. test_launched.py checks that both train the same numbers, bit for bit.
 
 Both put this checkout first on the path: an installed package of the same name may be another one.
 """

@@ -8,7 +8,7 @@ VARIANTS = ("couple", "blend")
 NARROW = {"vlm__tiny__hidden_size": 64, "vlm__tiny__intermediate_size": 128, "optimizer__lr": 4e-3}
 SHORT = {"global_batch_size": 64, "max_steps": 250, "checkpoint__every": 250, "sample__every": 0, "logging__every": 50}
 """A seventh of the preset's samples, on half its width: enough to have learnt most of it."""
-IMAGES = 250
+IMAGES = 120
 
 
 @pytest.fixture(scope="module")

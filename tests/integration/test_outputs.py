@@ -18,8 +18,8 @@ GROUPS = range(4)
 TIMESTEP_BINS = [f"{i * 100:04d}_{(i + 1) * 100:04d}" for i in range(10)]
 
 
-def test_an_output_dir_is_laid_out_as_documented(launched):
-    folder = launched.output_dir
+def test_an_output_dir_is_laid_out_as_documented(two_ranks):
+    folder = two_ranks.output_dir
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml",
         "data.json",
@@ -32,18 +32,18 @@ def test_an_output_dir_is_laid_out_as_documented(launched):
     assert {path.name for path in (folder / "model").iterdir()} == {"config.json", "pipeline.json", "tokenizer", "vlm"}
     assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["step_0000004", "step_0000008"]
     assert (folder / "checkpoints" / "latest").read_text() == "step_0000008"
-    manifest = read_manifest(launched.checkpoint(4))
+    manifest = read_manifest(two_ranks.checkpoint(4))
     assert (manifest["step"], manifest["world_size"]) == (4, 2)
     files = {
-        path.name: path.stat().st_size for path in launched.checkpoint(4).iterdir() if path.name != "manifest.json"
+        path.name: path.stat().st_size for path in two_ranks.checkpoint(4).iterdir() if path.name != "manifest.json"
     }
     assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == files
     assert sum(name.endswith("_optim_states.pt") for name in files) == 2
 
 
-def test_the_saved_configuration_is_the_whole_run(launched):
-    config = load_config(launched.output_dir / "config.yaml")
-    assert config.output_dir == str(launched.output_dir)
+def test_the_saved_configuration_is_the_whole_run(two_ranks):
+    config = load_config(two_ranks.output_dir / "config.yaml")
+    assert config.output_dir == str(two_ranks.output_dir)
     assert config.deepspeed == "ds_configs/zero2.json"
     assert (config.max_steps, config.global_batch_size, config.vlm.tiny.hidden_size) == (STEPS, 32, 32)
     assert config.optimizer.lr == 2e-3  # of the preset
@@ -75,7 +75,7 @@ def test_checkpoints_of_certain_steps_are_kept_for_good(command):
     assert kept == ["step_0000002", "step_0000004", "step_0000005"]
 
 
-def test_metrics_have_one_line_a_logged_step_with_all_that_is_promised(launched):
+def test_metrics_have_one_line_a_logged_step_with_all_that_is_promised(two_ranks):
     names = {
         "step",
         "loss",
@@ -90,7 +90,7 @@ def test_metrics_have_one_line_a_logged_step_with_all_that_is_promised(launched)
     }
     names |= {f"loss_group_{k}" for k in GROUPS} | {f"grad_norm_group_{k}" for k in GROUPS}
     bins = {f"loss_tau_{name}" for name in TIMESTEP_BINS}
-    lines = metrics(launched.output_dir)
+    lines = metrics(two_ranks.output_dir)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for line in lines:
         assert names <= line.keys() <= names | bins | line.keys() - {n for n in line if n.startswith("loss_")}
@@ -98,12 +98,12 @@ def test_metrics_have_one_line_a_logged_step_with_all_that_is_promised(launched)
         parts = [line[f"grad_norm_group_{k}"] for k in GROUPS] + [line["grad_norm_image_io"]]
         assert line["grad_norm"] == pytest.approx(np.linalg.norm(parts), rel=1e-5)
     assert set.union(*({n for n in line if n.startswith("loss_tau")} for line in lines)) == bins
-    assert column(launched.output_dir, "lr") == pytest.approx([2e-3 * min(1, n / 4) for n in range(1, STEPS + 1)])
-    assert column(launched.output_dir, "samples") == [32 * n for n in range(1, STEPS + 1)]
+    assert column(two_ranks.output_dir, "lr") == pytest.approx([2e-3 * min(1, n / 4) for n in range(1, STEPS + 1)])
+    assert column(two_ranks.output_dir, "samples") == [32 * n for n in range(1, STEPS + 1)]
 
 
-def test_tensorboard_shows_the_run(launched):
-    events = EventAccumulator(str(launched.output_dir / "tensorboard"), size_guidance={"images": 0})
+def test_tensorboard_shows_the_run(two_ranks):
+    events = EventAccumulator(str(two_ranks.output_dir / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
     tags = events.Tags()
     shown = {"train/loss", "train/lr", "train/grad_norm", "train/samples_per_second", "grad_norm_per_group/image_io"}
@@ -116,7 +116,7 @@ def test_tensorboard_shows_the_run(launched):
     for name in ("loss", "lr", "grad_norm"):
         logged = events.Scalars(f"train/{name}")
         assert [event.step for event in logged] == list(range(1, STEPS + 1))
-        assert [event.value for event in logged] == pytest.approx(column(launched.output_dir, name))
+        assert [event.value for event in logged] == pytest.approx(column(two_ranks.output_dir, name))
     assert [image.step for image in events.Images("samples")] == [4, 8]
     (text,) = events.Tensors("config/text_summary")
     config = text.tensor_proto.string_val[0].decode()
@@ -124,8 +124,8 @@ def test_tensorboard_shows_the_run(launched):
     assert "max_steps: 8" in config
 
 
-def test_sample_grids_are_pictures_of_the_asked_size(launched):
-    grids = sorted((launched.output_dir / "samples").iterdir())
+def test_sample_grids_are_pictures_of_the_asked_size(two_ranks):
+    grids = sorted((two_ranks.output_dir / "samples").iterdir())
     assert [path.name for path in grids] == ["step_0000004.png", "step_0000008.png"]
     pictures = [np.asarray(Image.open(path)) for path in grids]
     for picture in pictures:  # 20 digits of 8x8 enlarged 5 times, two rows of ten, 2 pixels between them

@@ -70,16 +70,6 @@ def assert_weights_equal(run, reference, step: int) -> None:
 # Ranks, micro-batches, ZeRO
 
 
-def test_the_launcher_and_the_forked_ranks_of_these_tests_train_the_same_bits(launched, two_ranks):
-    volatile = {"samples_per_second", "rank_seconds_min", "rank_seconds_median", "rank_seconds_max", "slowest_rank"}
-    ours, theirs = (
-        [{k: v for k, v in entry.items() if k not in volatile} for entry in metrics(run.output_dir)]
-        for run in (launched, two_ranks)
-    )
-    assert ours == theirs
-    assert_weights_equal(launched, two_ranks, STEPS)
-
-
 def test_one_and_two_ranks_train_the_same_samples_noise_and_timesteps(one_rank, two_ranks):
     one, two = recorded(one_rank), recorded(two_ranks)
     assert sorted(index for _, index, _ in one) == list(range(STEPS * 32))
@@ -117,9 +107,15 @@ def test_zero3_that_releases_every_parameter_trains_and_resumes_the_same(command
     settings = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (tmp_path / "zero3.json").write_text(json.dumps(settings))
-    fields = {"model__variant": variant, "ranks": 2}
+    fields = {
+        "model__variant": variant,
+        "ranks": 2,
+        "sample__every": 8,
+        "sample__num_images": 4,
+        "sample__num_steps": 4,
+    }
     reference = command.train(**fields)
-    half = command.train(deepspeed=tmp_path / "zero3.json", max_steps=4, **fields)
+    half = command.train(deepspeed=tmp_path / "zero3.json", **(fields | {"max_steps": 4, "sample__every": 0}))
     run = command.train(deepspeed=tmp_path / "zero3.json", output_dir=half.output_dir, **fields)
     assert "resumed from" in run.finished.output
     assert_losses_and_norms_agree(run, reference, rel=1e-4)

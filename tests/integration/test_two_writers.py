@@ -9,7 +9,7 @@ from latte_flow.training.checkpoint.manifest import list_checkpoints, read_manif
 from latte_flow.training.run_lock import LOCK_FILE
 from tests.integration.launching import ROOT, column, environment, free_port
 
-LONG = {"max_steps": 90, "checkpoint.every": 10, "sample.every": 0}
+LONG = {"max_steps": 50, "checkpoint.every": 10, "sample.every": 0}
 """Long enough to be killed in the middle."""
 
 

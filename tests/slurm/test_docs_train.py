@@ -72,7 +72,7 @@ def run(words: list[str], folder: Path) -> str:
     return ended.stdout
 
 
-def run_job(cluster, words: list[str], folder: Path) -> None:
+def run_job(cluster, words: list[str], folder: Path, ranks_per_node: int = 1) -> None:
     """Submit a job and wait until it has succeeded."""
     log = folder / f"{Path(words[1]).stem}.log"
     job = cluster.run(
@@ -80,6 +80,7 @@ def run_job(cluster, words: list[str], folder: Path) -> None:
         cwd=ROOT,
         **{name: value for name, value in environment().items() if os.environ.get(name) != value},
         LATTE_FLOW_PYTHON=sys.executable,
+        LATTE_FLOW_RANKS=str(ranks_per_node),
         LATTE_FLOW_LOGS=str(folder / "logs"),
         HF_DATASETS_CACHE=str(folder / "cache"),
     ).split(";")[0]
@@ -132,6 +133,6 @@ def test_from_a_folder_of_images_to_a_running_job_and_its_pictures(cluster, mach
     page = read_page(at_tiny_size(watch, machine), "data/plugin/scalars/tags")
     assert "train/loss" in json.loads(page)["couple_imagenet256/tensorboard"]
 
-    run_job(cluster, at_tiny_size(draw, machine), machine)
+    run_job(cluster, at_tiny_size(draw, machine), machine, ranks_per_node=2)
     pictures = sorted((machine / "samples" / "couple_imagenet256").glob("0*.png"))
     assert [np.asarray(Image.open(path)).shape for path in pictures] == [(32, 32, 3)] * 6

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from latte_flow.training.monitor.preemption import REQUEUE_FILE, STOP_FILE
-from tests.integration.launching import server_environment, start_ranks
+from latte_flow.training.run_lock import LOCK_FILE
+from tests.integration.launching import listening, server_environment, start_ranks
 
-STEPS = 150
+STEPS = 70
 SMALL = (
     *("--global_batch_size", "32", "--max_steps", str(STEPS), "--logging.every", "1", "--sample.every", "0"),
     *("--vlm.tiny.hidden_size", "32", "--vlm.tiny.intermediate_size", "64"),
@@ -53,6 +54,8 @@ def test_signalled_run_requeues_itself_and_continues_as_if_nothing_had_happened(
 
     # As SLURM does before the time limit: a signal to the batch script.
     wait_for_step(cluster, job, run, 4)
+    first_rank = json.loads((run / LOCK_FILE).read_text())["pid"]
+    assert {address for address, _ in listening(Path(f"/proc/{first_rank}"))} == {"127.0.0.1"}
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     wait_for_step(cluster, job, run, 1 + stopped_at(cluster, job, run, 1, tmp_path))
     # A signal to every process of the job's step: ranks, launchers, data workers.

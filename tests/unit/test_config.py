@@ -111,6 +111,7 @@ class TestBuiltInPython:
         ("build", "message"),
         [
             (lambda: TrainingConfig(max_steps=0), "max_steps: got 0; accepted: greater than 0"),
+            (lambda: TrainingConfig(tensor_parallel=0), "tensor_parallel: got 0; accepted: greater than 0"),
             (lambda: TrainingConfig(seed=2**64), "seed: got an integer of 65 bits; accepted: less than 18446744073709551616"),
             (lambda: TrainingConfig(output_dir="a\0b"), "output_dir: got 'a\\x00b'; accepted: a path"),
             (lambda: DataConfig(resolution=0), "resolution: got 0; accepted: greater than 0"),

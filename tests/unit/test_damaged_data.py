@@ -306,6 +306,24 @@ def test_a_data_worker_that_was_killed_is_said_in_one_line(capsys, number, named
     assert re.match(rf"error: data\.num_workers: a data worker {died}; .*data\.path", line)
 
 
+def raise_user_error():
+    raise UserError("field: a; accepted: b")
+
+
+@pytest.mark.parametrize(("value", "shown"), [("1", True), ("0", False)])
+def test_the_traceback_of_a_user_error_is_printed_on_request(monkeypatch, capsys, value, shown):
+    monkeypatch.setenv("LATTE_FLOW_TRACEBACK", value)
+    assert exit_code(raise_user_error) == 2
+    printed = capsys.readouterr().err
+    assert ("in raise_user_error" in printed) == shown
+    assert printed.endswith("error: field: a; accepted: b\n")
+
+
+def test_ctrl_c_ends_a_program_in_one_line(capsys):
+    assert exit_code(lambda: signal.raise_signal(signal.SIGINT)) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_other_errors_keep_their_traceback():
     with pytest.raises(RuntimeError, match="of mine"):
         exit_code(lambda: (_ for _ in ()).throw(RuntimeError("of mine")))

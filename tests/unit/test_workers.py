@@ -15,8 +15,8 @@ kill_workers_at_exit()
 batches = iter(DataLoader(range(100), num_workers=1, worker_init_fn=ignore_stop_signals, persistent_workers=True))
 next(batches)
 (worker,) = batches._workers
-os.kill(worker.pid, signal.SIGTERM)
-os.kill(worker.pid, signal.SIGUSR1)
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    os.kill(worker.pid, number)
 assert [int(next(batches)) for _ in range(50)] == list(range(1, 51))
 print("workers survived", flush=True)
 raise RuntimeError("the run fails while its workers live")

@@ -4,7 +4,7 @@ import multiprocessing
 import multiprocessing.util
 import signal
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that request a run to stop; see training/monitor/preemption.py."""
 
 

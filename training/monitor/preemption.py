@@ -1,10 +1,10 @@
 """Stopping a run early so that it can be resumed later.
 
-A stop is requested by SIGTERM or SIGUSR1 to the process of any rank, by the end of its launcher (launcher.py), or by a file
-``output_dir/stop`` created by a batch script or a person. All ranks agree on the request after every optimizer step, save a
-checkpoint of that step and exit with EXIT_STOPPED; ``output_dir/requeue`` then names the SLURM job to requeue, if any. Batch
-scripts check that file, not the exit code, because launchers replace it: torchrun exits with 1. ``deepspeed`` does not forward
-signals, but the stop file works under every launcher.
+A stop is requested by SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) to the process of any rank, by the end of its launcher (launcher.py),
+or by a file ``output_dir/stop`` created by a batch script or a person. All ranks agree on the request after every optimizer
+step, save a checkpoint of that step and exit with EXIT_STOPPED; ``output_dir/requeue`` then names the SLURM job to requeue, if
+any. Batch scripts check that file, not the exit code, because launchers replace it: torchrun exits with 1. ``deepspeed`` does
+not forward signals, but the stop file works under every launcher.
 """
 
 import os
