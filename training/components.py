@@ -37,7 +37,6 @@ from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.settings import read_settings
 from latte_flow.model.tensor_split import check_tensor_parallel
 from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, PipelineConfig
-from latte_flow.training.checkpoint.opening import OpenedCheckpoint
 from latte_flow.training.configs.fields import TrainingConfig
 from latte_flow.training.data.context_cache import ContextSource, PromptEncoder, open_context_source
 from latte_flow.training.data.datasets import load_image_dataset
@@ -48,7 +47,7 @@ from latte_flow.training.distributed.collectives import print_once
 from latte_flow.training.distributed.ranks import Ranks
 from latte_flow.training.distributed.zero import mark_universal
 from latte_flow.training.errors import UserError, naming
-from latte_flow.training.initial_weights import load_initial_weights
+from latte_flow.training.initial_weights import InitialWeights
 from latte_flow.training.monitor.sample_grid import check_sampler, samples_per_rank
 
 BACKBONES = Path(__file__).parent / "configs" / "backbones"
@@ -142,7 +141,7 @@ def build_meta_components(config: TrainingConfig) -> MetaComponents:
 
 
 def build_model(
-    config: TrainingConfig, components: Components, ranks: Ranks, initial: OpenedCheckpoint | None
+    config: TrainingConfig, components: Components, ranks: Ranks, initial: InitialWeights | None
 ) -> LatteFlowModel:
     """Build this rank's part of the network on the CPU, with the weights the run starts from.
 
@@ -160,7 +159,7 @@ def build_model(
     torch.manual_seed(config.seed)
     model = LatteFlowModel.from_vlm(components.vlm, components.model_config)
     if initial is not None:
-        print_once(load_initial_weights(model, initial))
+        initial.load(model)
     ranks.split_model(model)
     model.freeze_unreached_parameters()
     mark_universal(model, ranks.tensor_size)

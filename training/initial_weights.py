@@ -3,15 +3,47 @@
 from pathlib import Path
 
 from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.training.checkpoint.elastic import write_master_weights
 from latte_flow.training.checkpoint.formats.matching import load_weights
 from latte_flow.training.checkpoint.manifest import CHECKPOINTS_FOLDER, list_checkpoints
 from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE
 from latte_flow.training.checkpoint.opening import OpenedCheckpoint, open_checkpoint
 from latte_flow.training.configs.fields import RESUME_AUTO, RESUME_NEVER, TrainingConfig
+from latte_flow.training.distributed.collectives import print_once
 from latte_flow.training.errors import UserError
 
 
-def find_initial_weights(config: TrainingConfig) -> OpenedCheckpoint | None:
+class InitialWeights:
+    """The weights of a checkpoint in any format; averaged ones if available.
+
+    Args:
+        opened: the checkpoint.
+    """
+
+    def __init__(self, opened: OpenedCheckpoint):
+        self.source, self.components = opened.source, opened.components
+        self._names: dict[str, str] = {}  # in the network -> in the checkpoint
+
+    def load(self, model: LatteFlowModel) -> None:
+        """Load the weights into a new network.
+
+        Raises:
+            UserError: when they do not fit it.
+        """
+        source = self.source
+        try:
+            self._names = load_weights(model, source, source.default_kind)
+        except ValueError as error:
+            raise UserError(f"init_from: {source.path}: {error}") from error
+        step = "" if source.step is None else f" of step {source.step}"
+        print_once(f"initial weights from {source.path} ({source.format}, {source.default_kind}{step})")
+
+    def write_master_weights(self, engine) -> None:
+        """Write the float32 master weights of an engine over that network, which DeepSpeed rounds to bfloat16. Collective."""
+        write_master_weights(engine, self.source, self.source.default_kind, self._names)
+
+
+def find_initial_weights(config: TrainingConfig) -> InitialWeights | None:
     """Return the weights that ``init_from`` names, or None if it is unset or the run has its own checkpoints.
 
     Raises:
@@ -30,19 +62,4 @@ def find_initial_weights(config: TrainingConfig) -> OpenedCheckpoint | None:
             f"init_from: {config.init_from} has no {PIPELINE_FILE} beside it; accepted: a checkpoint, or a folder of "
             "tools/convert_checkpoint.py"
         )
-    return opened
-
-
-def load_initial_weights(model: LatteFlowModel, opened: OpenedCheckpoint) -> str:
-    """Load weights into a new model, averaged ones if available. Return a readable description of what was loaded.
-
-    Raises:
-        UserError: when the weights do not fit this network.
-    """
-    source = opened.source
-    try:
-        load_weights(model, source, source.default_kind)
-    except ValueError as error:
-        raise UserError(f"init_from: {source.path}: {error}") from error
-    step = "" if source.step is None else f" of step {source.step}"
-    return f"initial weights from {source.path} ({source.format}, {source.default_kind}{step})"
+    return InitialWeights(opened)

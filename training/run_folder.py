@@ -20,7 +20,6 @@ from latte_flow.training.checkpoint.manifest import (
     read_manifest,
 )
 from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, save_components
-from latte_flow.training.checkpoint.opening import OpenedCheckpoint
 from latte_flow.training.checkpoint.store import newest_valid
 from latte_flow.training.components import Components
 from latte_flow.training.configs.fields import RESUME_AUTO, RESUME_NEVER, TrainingConfig
@@ -29,6 +28,7 @@ from latte_flow.training.data.record import DataRecord
 from latte_flow.training.distributed.collectives import agree, is_first_rank
 from latte_flow.training.durable import PARTIAL
 from latte_flow.training.errors import UserError
+from latte_flow.training.initial_weights import InitialWeights
 from latte_flow.training.monitor.preemption import REQUEUE_FILE, STOP_FILE
 from latte_flow.training.run_lock import LOCK_FILE
 
@@ -174,7 +174,7 @@ def _find_export(path: Path) -> Origin | None:
     return Origin(path / CONFIG_FILE, path, [path], exported=True)
 
 
-def components_folder(config: TrainingConfig, start: Origin | OpenedCheckpoint | None) -> Path:
+def components_folder(config: TrainingConfig, start: Origin | InitialWeights | None) -> Path:
     """Return the model folder a run is built from: its own, once complete, or that of its start."""
     own = Path(config.output_dir) / MODEL_FOLDER
     if start is None or start.components is None or (own / PIPELINE_FILE).is_file():

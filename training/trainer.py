@@ -124,6 +124,8 @@ class Trainer:
         if self.rank == 0:
             write_components(config, components, model)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=self.ranks.mpu)
+        if initial is not None:
+            initial.write_master_weights(self.engine)
         self.model: LatteFlowModel = self.engine.module
         self.samples = self._make_samples(images, components)
         self._make_monitors(len(images.prompts))

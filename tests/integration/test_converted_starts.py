@@ -54,12 +54,15 @@ def test_a_damaged_universal_checkpoint_is_refused(command, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(("variant", "to"), [("couple", "megatron-dist"), ("blend", "safetensors-sharded")])
-def test_weights_of_any_format_start_a_new_run(command, tmp_path, variant, to):
-    """The first loss is that of the loaded network, and the VLM is the one that it was trained with, not one of this seed."""
+@pytest.mark.parametrize(
+    ("variant", "to", "precision"), [("couple", "megatron-dist", "bf16"), ("blend", "safetensors-sharded", "fp32")]
+)
+def test_weights_of_any_format_start_a_new_run(command, tmp_path, variant, to, precision):
+    """In float32, also in bf16. The first loss is that of the loaded network, and the VLM the one that it was trained with."""
     first = command.train(model__variant=variant, sample__every=0)
     folder = convert(first.output_dir, tmp_path / "weights", to=to)
     fields = {"model__variant": variant, "init_from": folder, "sample__every": 0, "vlm__tiny__seed": 5, "max_steps": 1}
+    fields |= {"precision": precision}
     run = command.train(**fields, optimizer__lr=1e-30)
     assert f"initial weights from {folder}" in run.finished.output
     before, after = read_weights(first.checkpoint(8), "ema"), read_weights(run.checkpoint(1), "model")

@@ -36,12 +36,10 @@ def load_resharded(engine, source: WeightSource) -> dict:
     assert state is not None  # callers only open formats that have one
     infos = source.tensors
     untrained = {name: source.read(name) for name in infos if name not in state.shapes}
-    # This rank's part of split parameters; without tensor parallelism the whole parameter.
-    rank, size = (0, 1) if engine.mpu is None else (engine.mpu.get_model_parallel_rank(), engine.mp_world_size)
+    rank, size = _tensor_parallel(engine)
     _check_shapes(source, state.shapes, engine.module, size)
-    trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     prepare_optimizer_state(engine.optimizer, state.state_keys, state.updates)
-    for name, parameter in trained.items():
+    for name, parameter in _trained(engine).items():
         for key in (None, *state.state_keys) if holds_part(parameter) else ():
             write_state(parameter, take_part(name, source.read(name, key or MODEL), rank, size), key)
     refresh_model_weights(engine.optimizer)
@@ -49,6 +47,31 @@ def load_resharded(engine, source: WeightSource) -> dict:
     for counter in COUNTERS:
         setattr(engine, counter, state.model_states[counter])
     return state.model_states
+
+
+def write_master_weights(engine, source: WeightSource, kind: str, names: Mapping[str, str]) -> None:
+    """Write float32 master weights, which DeepSpeed made from a network rounded to its compute dtype. Collective.
+
+    Args:
+        engine: as in ``load_resharded``.
+        source: weights of the same network.
+        kind: the kind of weights to read.
+        names: name in the network -> name in the source.
+    """
+    rank, size = _tensor_parallel(engine)
+    for name, parameter in _trained(engine).items():
+        if holds_part(parameter):
+            write_state(parameter, take_part(name, source.read(names[name], kind).float(), rank, size))
+    refresh_model_weights(engine.optimizer)
+
+
+def _trained(engine) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+
+
+def _tensor_parallel(engine) -> tuple[int, int]:
+    """Return which part of split parameters this rank holds, and of how many."""
+    return (0, 1) if engine.mpu is None else (engine.mpu.get_model_parallel_rank(), engine.mp_world_size)
 
 
 def _check_shapes(

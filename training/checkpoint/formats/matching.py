@@ -39,8 +39,10 @@ def match_weights(model: nn.Module, tensors: Mapping[str, TensorInfo | Tensor]) 
     return {names[0]: [name for name in names if name in tensors] for names in names_of.values()}
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor] | WeightSource, kind: str | None = None) -> None:
-    """Load weights into a network one at a time, every parameter exactly once.
+def load_weights(
+    model: nn.Module, weights: Mapping[str, Tensor] | WeightSource, kind: str | None = None
+) -> dict[str, str]:
+    """Load weights into a network one at a time, every parameter exactly once. Return name in the network -> name that was read.
 
     Args:
         model: the network.
@@ -52,10 +54,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor] | WeightSource,
     """
     own = model.state_dict(keep_vars=True)
     infos: Mapping = weights.tensors if isinstance(weights, WeightSource) else weights
+    names = {name: there[0] for name, there in match_weights(model, infos).items()}
     with torch.no_grad():
-        for name, there in match_weights(model, infos).items():
-            one = weights.read(there[0], kind) if isinstance(weights, WeightSource) else weights[there[0]]
-            own[name].copy_(one)
+        for name, there in names.items():
+            own[name].copy_(weights.read(there, kind) if isinstance(weights, WeightSource) else weights[there])
+    return names
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
