@@ -82,6 +82,7 @@ class AttentionSpec:
             the values, as Eq. 2 prints them).
         head_dim: E.
         num_image_tokens: N.
+        scale: of the products of queries and keys; None for 1 / sqrt(E).
 
     Raises:
         ValueError: when a value is unknown or the backend cannot compute the combination.
@@ -93,8 +94,11 @@ class AttentionSpec:
     residual_space: str
     head_dim: int
     num_image_tokens: int
+    scale: float | None = None
 
     def __post_init__(self):
+        if self.scale is None:
+            object.__setattr__(self, "scale", self.head_dim**-0.5)
         for name, accepted in (
             ("backend", BACKENDS),
             ("residual_source", RESIDUAL_SOURCES),
@@ -191,11 +195,10 @@ def _reference(query, key, value, spec, context, previous, gate, causal):
     """Materialise the maps. Softmax and residual sums run in float32 at least."""
     n = query.shape[2]
     heads_per_group = query.shape[1] // key.shape[1]
-    scale = spec.head_dim**-0.5
 
     def logits_of(keys):  # [B, G, T, E] -> [B, H, N, T]; the query heads of a group share its keys without copying them
         q = rearrange(query, "b (g r) n e -> b g (r n) e", r=heads_per_group)
-        logits = (q @ keys.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
+        logits = (q @ keys.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * spec.scale
         return rearrange(logits, "b g (r n) t -> b (g r) n t", r=heads_per_group)
 
     own_map = logits_of(key)
@@ -249,7 +252,7 @@ def _sdpa(query, key, value, spec, context, previous, gate, causal):
         # CUDA's fused kernels take either a mask or grouped heads; with both, torch would materialise the maps in float32.
         wide_key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (wide_key, value))
     output = F.scaled_dot_product_attention(
-        wide_query, wide_key, value, attn_mask=mask, scale=spec.head_dim**-0.5, enable_gqa=True
+        wide_query, wide_key, value, attn_mask=mask, scale=spec.scale, enable_gqa=True
     )
     return rearrange(output, "b h n e -> b n (h e)"), residual
 
@@ -261,7 +264,7 @@ def _flash(query, key, value, spec, context, previous, gate, causal):
     wide_query, wide_key, residual = _concatenate_heads(query, key, spec, previous, gate)
     width = wide_query.shape[-1]
     arguments = flash_varlen_arguments(wide_query, wide_key, F.pad(value, (0, width - spec.head_dim)), context, causal)
-    output = flash_attn_varlen_func(**arguments, softmax_scale=spec.head_dim**-0.5)[..., : spec.head_dim]
+    output = flash_attn_varlen_func(**arguments, softmax_scale=spec.scale)[..., : spec.head_dim]
     return rearrange(output, "(b n) h e -> b n (h e)", b=len(query)), residual
 
 

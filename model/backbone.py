@@ -1,15 +1,19 @@
-"""The vision-language model: loaded with transformers, or a tiny one built from a configuration for tests and the digits preset.
+"""The families of vision-language models, and how one is loaded with transformers.
 
-The tiny VLM is a real Qwen2VLForConditionalGeneration with a tokenizer of its own, so the whole framework runs with no download.
+``BACKBONES`` holds all that the package knows of a family; code outside the package may add others. Shapes, biases and norms
+are not listed: a generation layer is made of the submodules of transformers' own decoder layer.
+
+Shapes: B batch, S tokens, E head_dim.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -17,113 +21,106 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen2VLConfig,
-    Qwen2VLImageProcessorPil,
 )
-from transformers import Qwen2VLForConditionalGeneration as Qwen2VL
-from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
+from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
+from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 
 from latte_flow.model.files import ACCEPTED, cached_snapshot, check_config, locate
+from latte_flow.model.tables import enter, look_up
 
-MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
-
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-"""Qwen2-VL's special tokens, by the same names, at the start of the tiny vocabulary."""
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""The chat format of Qwen2-VL without its default system message, for the tiny tokenizer."""
+SUBMODULES = {
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "input_layernorm": "input_layernorm",
+    "post_attention_layernorm": "post_attention_layernorm",
+    "mlp": "mlp",
+}
+"""Name of a generation layer's submodule -> its path in a VLM layer without norms of queries and keys."""
+HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+"""RMS norms of each query and key head before its rotation; where a family has them, a layer's ``submodules`` name them."""
 
 
-def build_tiny_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on a few sentences. Every byte has a token, so any text can be written with it.
+@dataclass(frozen=True)
+class Backbone:
+    """A family of VLMs, which transformers' AutoModelForImageTextToText builds.
 
-    Args:
-        texts: the sentences whose words become single tokens, most frequent first.
-        vocab_size: upper bound of the vocabulary: special tokens, 256 bytes, merges.
+    Its decoder layers are pre-norm, with a gated MLP and rotations of a head's halves, (i, i + E/2) together, over the whole
+    head; its vlm.model takes ``input_ids``, a 4D ``attention_mask``, ``position_ids`` [3, B, S] and ``use_cache``, and has
+    ``get_rope_index`` for prompts with pictures.
+
+    Attributes:
+        decoder_layer: builds a layer of the language model from (text_config, layer index).
+        rotary: builds its rotary embedding from text_config: (x, position_ids [3, B, S]) -> (cos, sin), each [B, S, E].
+        export_format: name of its stock checkpoint folder in tools/convert_checkpoint.py.
+        submodules: name of a generation layer's submodule -> path in a decoder layer.
+        layers: path of the decoder layers in a VLM.
+        embeddings: path of the token embedding.
+        unread: paths of what no layer's context depends on: behind the last layer, or in front of pictures, which prompts have
+            none of.
+        split_by_rows: linears, named from a generation layer, whose outputs tensor-parallel ranks share out: heads, MLP units.
+        split_by_columns: linears whose inputs they share out.
     """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([*texts, "user\nassistant\n"], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=1024,
-    )
+
+    decoder_layer: Callable[[Any, int], nn.Module]
+    rotary: Callable[[Any], nn.Module]
+    export_format: str
+    submodules: Mapping[str, str] = field(default_factory=SUBMODULES.copy)
+    layers: str = "model.language_model.layers"
+    embeddings: str = "model.language_model.embed_tokens"
+    unread: tuple[str, ...] = ("model.visual", "model.language_model.norm", "lm_head")
+    split_by_rows: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "mlp.gate_proj", "mlp.up_proj")
+    split_by_columns: tuple[str, ...] = ("o_proj", "mlp.down_proj")
+
+    def head_dim(self, text_config) -> int:
+        """Return E, the size of a head; heads x E need not be the hidden size."""
+        return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+
+    def attention_scale(self, text_config) -> float:
+        """Return what the products of queries and keys are multiplied by."""
+        return self.head_dim(text_config) ** -0.5
+
+    def decoder_layers(self, vlm: nn.Module) -> nn.ModuleList:
+        """Return the decoder layers of a VLM."""
+        return cast(nn.ModuleList, vlm.get_submodule(self.layers))
+
+    def path(self, name: str) -> str:
+        """Return the path in a decoder layer of a part named from a generation layer, such as ``mlp.up_proj``."""
+        submodule, _, part = name.partition(".")
+        return ".".join(filter(None, (self.submodules[submodule], part)))
 
 
-def tiny_vlm_config(
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    hidden_size: int,
-    num_hidden_layers: int,
-    num_attention_heads: int,
-    num_key_value_heads: int,
-    intermediate_size: int,
-    initializer_range: float,
-) -> Qwen2VLConfig:
-    """Return the configuration of a tiny Qwen2-VL for a tokenizer; its vision tower has two layers of width 32."""
-    half_head = hidden_size // num_attention_heads // 2
-    ids = {name: cast(int, tokenizer.convert_tokens_to_ids(name)) for name in SPECIAL_TOKENS}
-    # Qwen2-VL gives 1/4, 3/8, 3/8 of the rotary frequencies to time, row and column.
-    sections = [half_head // 4, (half_head - half_head // 4 + 1) // 2, (half_head - half_head // 4) // 2]
-    return Qwen2VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": hidden_size,
-            "num_hidden_layers": num_hidden_layers,
-            "num_attention_heads": num_attention_heads,
-            "num_key_value_heads": num_key_value_heads,
-            "intermediate_size": intermediate_size,
-            "initializer_range": initializer_range,
-            "max_position_embeddings": 1024,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections},
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-        },
-        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": hidden_size, "num_heads": 2, "mlp_ratio": 2},
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
-    )
+BACKBONES: dict[str, Backbone] = {
+    "qwen2_vl": Backbone(qwen2_vl.Qwen2VLDecoderLayer, qwen2_vl.Qwen2VLRotaryEmbedding, "qwen2-vl"),
+    "qwen2_5_vl": Backbone(qwen2_5_vl.Qwen2_5_VLDecoderLayer, qwen2_5_vl.Qwen2_5_VLRotaryEmbedding, "qwen2-vl"),
+    "qwen3_vl": Backbone(
+        qwen3_vl.Qwen3VLTextDecoderLayer,
+        qwen3_vl.Qwen3VLTextRotaryEmbedding,
+        "qwen3-vl",
+        submodules=SUBMODULES | HEAD_NORMS,
+    ),
+}
+"""``model_type`` of a VLM's configuration -> its family."""
 
 
-def build_tiny_vlm(config: Qwen2VLConfig, seed: int) -> Qwen2VL:
-    """Build a Qwen2-VL with random weights that depend on the seed alone; the global generator is left as it was.
+def register_backbone(model_type: str, backbone: Backbone) -> Backbone:
+    """Add a family to ``BACKBONES``.
 
-    A frozen random VLM must carry the prompt to the generation path: with the usual initializer_range of 0.02 its states hardly
-    differ between classes, with 0.15 they do.
+    Raises:
+        ValueError: when the model type is taken.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Qwen2VL(config).eval()
+    return enter(BACKBONES, model_type, backbone)
+
+
+def backbone_of(vlm_config: PretrainedConfig) -> Backbone:
+    """Return the family of a VLM's configuration.
+
+    Raises:
+        ValueError: when it is not in ``BACKBONES``.
+    """
+    return look_up(BACKBONES, vlm_config.model_type, "vlm_config.model_type")
 
 
 def read_vlm_config(path: str | Path) -> PretrainedConfig:
@@ -141,8 +138,8 @@ def read_vlm_config(path: str | Path) -> PretrainedConfig:
         check_config(config)
     except (OSError, ValueError) as error:  # ValueError: a model_type that transformers does not know
         raise ValueError(f"path: cannot load {path}: {error}") from error
-    if config.model_type not in MODEL_TYPES:
-        raise ValueError(f"path: {path} holds a {config.model_type}; accepted: {', '.join(MODEL_TYPES)}")
+    if config.model_type not in BACKBONES:
+        raise ValueError(f"path: {path} holds a {config.model_type}; accepted: {', '.join(BACKBONES)}")
     return config
 
 
@@ -193,19 +190,6 @@ def load_image_processor(path: str | Path):
     if Path(path).is_dir() and not (Path(path) / "preprocessor_config.json").is_file():
         return None
     return AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
-
-
-def build_tiny_image_processor(config: Qwen2VLConfig) -> Qwen2VLImageProcessorPil:
-    """Return Qwen2-VL's image processor for a tiny VLM: pictures of up to 112 x 112 pixels, 16 tokens."""
-    vision = cast(Qwen2VLVisionConfig, config.vision_config)
-    patch_size, temporal_patch_size = cast(int, vision.patch_size), cast(int, vision.temporal_patch_size)
-    return Qwen2VLImageProcessorPil(
-        patch_size=patch_size,
-        temporal_patch_size=temporal_patch_size,
-        merge_size=vision.spatial_merge_size,
-        min_pixels=(2 * patch_size) ** 2,
-        max_pixels=(8 * patch_size) ** 2,
-    )
 
 
 def checkpoint_folder(path: str | Path) -> Path:

@@ -9,6 +9,7 @@ from typing import Literal
 from transformers import AutoConfig, PretrainedConfig
 
 from latte_flow.model.attention import AttentionSpec
+from latte_flow.model.backbone import Backbone, backbone_of
 from latte_flow.model.files import check_config, without_local_paths
 from latte_flow.model.timestep_experts import TimestepExperts
 
@@ -31,12 +32,13 @@ class LatteFlowConfig(PretrainedConfig):
     residual_attention=False``.
 
     Args:
-        vlm_config: the configuration of the vision-language model (transformers' Qwen2VLConfig, or its dict). The generation
-            path has its hidden size, heads and number of layers.
+        vlm_config: the configuration of the vision-language model, of a family in model/backbone.py, or its dict. The
+            generation path has its hidden size, heads and number of layers.
         variant: ``couple``, a generation layer beside every frozen VLM layer; ``blend``, generation layers that share some of
             their submodules with the VLM's, all of it trained (paper section 1).
         shared_modules: the submodules a Blend layer shares with the VLM's layer; any of q_proj, k_proj, v_proj, o_proj,
-            input_layernorm, post_attention_layernorm, mlp. Ignored by Couple.
+            input_layernorm, post_attention_layernorm, mlp. A family's norm of each query or key head is shared with the
+            projection in front of it. Ignored by Couple.
         num_groups: K, the number of timestep experts; must divide the VLM's number of layers.
         timestep_overlap: width in timesteps of the band around each inner boundary that two groups train on (Appendix B).
         timestep_boundaries: K + 1 timesteps descending from 1000 to 0; None for the paper's uniform ones.
@@ -87,6 +89,8 @@ class LatteFlowConfig(PretrainedConfig):
     ):
         if isinstance(vlm_config, dict):
             vlm_config = AutoConfig.for_model(**vlm_config)
+        if vlm_config is not None:
+            backbone_of(vlm_config)  # here: what follows reads its sizes
         self.vlm_config = vlm_config
         self.variant = variant
         self.shared_modules = list(shared_modules)
@@ -138,6 +142,11 @@ class LatteFlowConfig(PretrainedConfig):
         return without_local_paths(super().to_dict())
 
     @property
+    def backbone(self) -> Backbone:
+        """The family of the VLM."""
+        return backbone_of(self.vlm_config)
+
+    @property
     def text_config(self):
         """The language model's part of the VLM's configuration: hidden size, heads, layers."""
         return self.vlm_config.text_config
@@ -155,7 +164,7 @@ class LatteFlowConfig(PretrainedConfig):
     @property
     def head_dim(self) -> int:
         """E, the size of one attention head."""
-        return self.text_config.hidden_size // self.text_config.num_attention_heads
+        return self.backbone.head_dim(self.text_config)
 
     @property
     def token_grid(self) -> tuple[int, int]:
@@ -185,6 +194,7 @@ class LatteFlowConfig(PretrainedConfig):
             residual_space=self.residual_space,
             head_dim=self.head_dim,
             num_image_tokens=self.num_image_tokens,
+            scale=self.backbone.attention_scale(self.text_config),
         )
 
 

@@ -1,7 +1,7 @@
 """What image generation reads of the vision-language model: the per-layer context of a prompt (paper section 5).
 
 The multimodal tokens never attend to generated image tokens, so their states depend neither on the timestep nor on the noisy
-image. transformers' own Qwen2-VL is run once per prompt; what each generation layer reads is kept:
+image. transformers' own VLM is run once per prompt; what each generation layer reads is kept:
 
 * ``context_projection: generation``: the input of VLM layer l after that layer's input RMSNorm, [B, S, D], which the generation
   layer projects itself;
@@ -11,13 +11,16 @@ Shapes: P prompts, B batch, S context tokens, D hidden, G kv heads, E head_dim.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from latte_flow.model.attention import ContextKeyValues
+from latte_flow.model.backbone import backbone_of
 from latte_flow.model.settings import MAX_CHARACTERS
 
 
@@ -190,7 +193,7 @@ def encode_context(
     """Run the VLM once over tokenized prompts and keep what the generation layers read. Differentiable.
 
     Args:
-        vlm: a transformers Qwen2VLForConditionalGeneration.
+        vlm: a transformers model of a family in model/backbone.py.
         prompt_inputs: what its processor returns: input_ids [P, S], attention_mask [P, S], and for prompts with pictures
             pixel_values, image_grid_thw and mm_token_type_ids.
         projection: ``generation`` or ``vlm`` (LatteFlowConfig.context_projection).
@@ -208,24 +211,30 @@ def encode_context(
     else:
         position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
     wanted = range(vlm.config.text_config.num_hidden_layers) if layers is None else layers
-    inputs["attention_mask"] = _causal_masks(mask, vlm.dtype)
-    output = vlm.model(
-        **inputs,
-        position_ids=position_ids,
-        use_cache=projection == "vlm",
-        output_hidden_states=projection == "generation",
-    )
+    inputs |= {"attention_mask": _causal_mask(mask, vlm.dtype), "position_ids": position_ids}
     if projection == "vlm":
-        cache = output.past_key_values
+        cache = vlm.model(**inputs, use_cache=True).past_key_values
         states = {layer: (cache.layers[layer].keys, cache.layers[layer].values) for layer in wanted}
     else:
-        # hidden_states[l] is the input of layer l; the generation layers read it after that layer's own input norm.
-        decoder_layers = vlm.model.language_model.layers
-        states = {layer: decoder_layers[layer].input_layernorm(output.hidden_states[layer]) for layer in wanted}
+        backbone = backbone_of(vlm.config)
+        decoder_layers, path = backbone.decoder_layers(vlm), backbone.path("input_layernorm")
+        norms = {layer: decoder_layers[layer].get_submodule(path) for layer in wanted}
+        # Read where they enter a layer: transformers' hidden_states lack the features of pictures that DeepStack adds between.
+        read: dict[int, Tensor] = {}
+        with ExitStack() as hooks:
+            for layer, norm in norms.items():
+                hooks.enter_context(norm.register_forward_pre_hook(partial(_keep_input, read, layer)))
+            vlm.model(**inputs, use_cache=False)
+        states = {layer: norm(read[layer]) for layer, norm in norms.items()}
     return Context(states=states, mask=mask, position_ids=position_ids)
 
 
-def _causal_masks(mask: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+def _keep_input(read: dict[int, Tensor], layer: int, module: nn.Module, arguments: tuple[Tensor]) -> None:
+    """Forward pre-hook: keep a module's input."""
+    (read[layer],) = arguments
+
+
+def _causal_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the VLM's causal mask with padding hidden, [P, 1, S, S], to be added to logits.
 
     transformers would build it from ``attention_mask`` too, but first looks whether there is any padding: a host synchronisation
@@ -235,8 +244,7 @@ def _causal_masks(mask: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     visible = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril() & mask[:, None, None, :]
     # Padding sees itself: no row without a key.
     visible = visible | torch.eye(length, dtype=torch.bool, device=mask.device)
-    hidden = torch.zeros(visible.shape, dtype=dtype, device=mask.device).masked_fill(~visible, torch.finfo(dtype).min)
-    return {"full_attention": hidden, "sliding_attention": hidden}
+    return torch.zeros(visible.shape, dtype=dtype, device=mask.device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def as_key_values(context: Context) -> dict[int, ContextKeyValues]:

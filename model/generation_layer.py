@@ -18,21 +18,14 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2MLP, Qwen2VLRMSNorm, apply_rotary_pos_emb
+from transformers.initialization import no_init_weights
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from latte_flow.model.attention import AttentionSpec, ContextKeyValues, Residual, joint_attention
 from latte_flow.model.configuration import LatteFlowConfig
 
-VLM_PATHS = {
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj",
-    "input_layernorm": "input_layernorm",
-    "post_attention_layernorm": "post_attention_layernorm",
-    "mlp": "mlp",
-}
-"""Name of a generation layer's submodule -> path of its counterpart in a VLM layer."""
+SHARED_WITH = {"q_norm": "q_proj", "k_norm": "k_proj"}
+"""Submodules that are shared where another is: a head norm is fitted to the scale of the projection in front of it."""
 
 
 @dataclass(frozen=True)
@@ -76,23 +69,29 @@ class GenerationLayer(nn.Module):
         self, config: LatteFlowConfig, layer_idx: int, spec: AttentionSpec, vlm_layer: nn.Module | None = None
     ):
         super().__init__()
-        text = config.text_config
+        text, backbone = config.text_config, config.backbone
         self.head_dim = config.head_dim
         self.spec = spec
         self.modulation_kind = config.modulation
         # Shared submodules belong to the VLM: a plain dict keeps them out of this module's parameters and state dict, so
         # that every weight has one name and is saved once.
         self._shared: dict[str, nn.Module] = {}
-        for name, path in VLM_PATHS.items():
-            if vlm_layer is not None and name in config.shared_modules:
+        self._paths = backbone.submodules
+        with no_init_weights():  # the own submodules draw their numbers below, the others none
+            twin = backbone.decoder_layer(text, layer_idx)
+        for name, path in self._paths.items():
+            if vlm_layer is not None and SHARED_WITH.get(name, name) in config.shared_modules:
                 self._shared[name] = vlm_layer.get_submodule(path)
-            else:
-                self.add_module(name, _make_submodule(name, text))
+                continue
+            self.add_module(name, twin.get_submodule(path))
+            for module in self.get_submodule(name).modules():
+                if isinstance(module, nn.Linear):
+                    module.reset_parameters()
         self.attention_post_norm: nn.Module
         self.mlp_post_norm: nn.Module
         if config.post_norm:
-            self.attention_post_norm = Qwen2VLRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
-            self.mlp_post_norm = Qwen2VLRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+            self.attention_post_norm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+            self.mlp_post_norm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
         else:
             self.attention_post_norm = self.mlp_post_norm = nn.Identity()
         vectors = {"four": 4, "six": 6}[config.modulation]
@@ -106,20 +105,20 @@ class GenerationLayer(nn.Module):
     def share_again(self, vlm_layer: nn.Module) -> None:
         """Take the shared submodules from the VLM's layer again, after some of them were replaced."""
         for name in self._shared:
-            self._shared[name] = vlm_layer.get_submodule(VLM_PATHS[name])
+            self._shared[name] = vlm_layer.get_submodule(self._paths[name])
 
     def copy_from(self, vlm_layer: nn.Module) -> None:
-        """Copy the weights of a transformers Qwen2VLDecoderLayer into this layer's own submodules.
+        """Copy the weights of a VLM's layer into this layer's own submodules.
 
         Raises:
             RuntimeError: when a submodule's keys or shapes differ from this layer's.
         """
-        for name, path in VLM_PATHS.items():
+        for name, path in self._paths.items():
             if name not in self._shared:
                 self.get_submodule(name).load_state_dict(vlm_layer.get_submodule(path).state_dict())
 
     def part(self, name: str) -> nn.Module:
-        """Return a submodule by its name in VLM_PATHS, its own or the shared one."""
+        """Return a submodule by its name in ``Backbone.submodules``, its own or the shared one."""
         return self._shared[name] if name in self._shared else self.get_submodule(name)
 
     def condition(self, time_embedding: Tensor) -> LayerConditioning:
@@ -151,8 +150,7 @@ class GenerationLayer(nn.Module):
             mask: [B, S] bool, True for real tokens.
             position_embeddings: (cos, sin) of the VLM's multimodal RoPE, each [B, S, E].
         """
-        key = self._split_heads(self.part("k_proj")(hidden_states))
-        value = self._split_heads(self.part("v_proj")(hidden_states))
+        key, value = self._heads("k", hidden_states), self._heads("v", hidden_states)
         _, key = apply_rotary_pos_emb(key, key, *position_embeddings)
         return ContextKeyValues(key=key, value=value, mask=mask)
 
@@ -180,7 +178,7 @@ class GenerationLayer(nn.Module):
             The new tokens [B, N, D] and this layer's residual.
         """
         h = _modulate(self.part("input_layernorm")(x), conditioning.attention_shift, conditioning.attention_scale)
-        query, key, value = (self._split_heads(self.part(name)(h)) for name in ("q_proj", "k_proj", "v_proj"))
+        query, key, value = (self._heads(name, h) for name in "qkv")
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         attended, residual = joint_attention(
             query,
@@ -196,19 +194,7 @@ class GenerationLayer(nn.Module):
         h = _modulate(self.part("post_attention_layernorm")(x), conditioning.mlp_shift, conditioning.mlp_scale)
         return x + conditioning.mlp_out * self.mlp_post_norm(self.part("mlp")(h)), residual
 
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b n (h e) -> b h n e", e=self.head_dim)
-
-
-def _make_submodule(name: str, text_config) -> nn.Module:
-    """Return a new submodule with the shape of the VLM's. All linears that mirror the VLM's are made here."""
-    hidden = text_config.hidden_size
-    head_dim = hidden // text_config.num_attention_heads
-    if name == "mlp":
-        return Qwen2MLP(text_config)
-    if name.endswith("layernorm"):
-        return Qwen2VLRMSNorm(hidden, eps=text_config.rms_norm_eps)
-    if name == "o_proj":
-        return nn.Linear(hidden, hidden, bias=False)
-    heads = text_config.num_attention_heads if name == "q_proj" else text_config.num_key_value_heads
-    return nn.Linear(hidden, heads * head_dim, bias=True)
+    def _heads(self, name: str, x: Tensor) -> Tensor:
+        """Project tokens [B, N, D] to queries, keys or values (``q``, ``k``, ``v``) per head, [B, heads, N, E]."""
+        heads = rearrange(self.part(f"{name}_proj")(x), "b n (h e) -> b h n e", e=self.head_dim)
+        return self.part(f"{name}_norm")(heads) if f"{name}_norm" in self._paths else heads

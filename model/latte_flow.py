@@ -1,4 +1,4 @@
-"""LatteFlowModel: the generation path of LaTtE-Flow over a Qwen2-VL, as a transformers PreTrainedModel.
+"""LatteFlowModel: the generation path of LaTtE-Flow over a VLM, as a transformers PreTrainedModel.
 
     noisy latent --patch embedding--> image tokens --the M layers of one group--> image head --> velocity
 
@@ -8,7 +8,7 @@ too (``model.vlm``), shares submodules with it and trains it. Vanilla is one gro
 Shapes: B batch, C latent channels, (H, W) latent size, N image tokens, S context tokens, D hidden, E head_dim, K groups.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_utils import str_to_torch_dtype
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm, Qwen2VLRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from latte_flow.model.attention import ContextKeyValues, Residual
 from latte_flow.model.configuration import LatteFlowConfig, load_network_config
@@ -45,7 +45,7 @@ class ImageIO(nn.Module):
         self.timestep_features = Timesteps(config.timestep_frequencies, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(config.timestep_frequencies, hidden)
         self.patch_embed = nn.Linear(patch_channels, hidden)
-        self.head_norm = Qwen2VLRMSNorm(hidden, eps=config.text_config.rms_norm_eps)
+        self.head_norm = LlamaRMSNorm(hidden, eps=config.text_config.rms_norm_eps)
         self.head_modulation = set_initial_std(nn.Linear(hidden, 2 * hidden), 0.0)
         self.head = set_initial_std(nn.Linear(hidden, patch_channels), 0.0)
         # Tokens and h_t get unit scale at any width: at transformers' fixed 0.02 the time embedding of a narrow model would be
@@ -85,26 +85,26 @@ class LatteFlowModel(PreTrainedModel):
     config_class = LatteFlowConfig
     base_model_prefix = "latte_flow"
     main_input_name = "noisy_latents"
-    _no_split_modules = ["GenerationLayer", "Qwen2VLDecoderLayer", "Qwen2VLVisionBlock"]  # noqa: RUF012  # transformers wants a list
+    _no_split_modules = ["GenerationLayer"]  # noqa: RUF012  # transformers wants a list, and adds those of Blend's VLM
 
     def __init__(self, config: LatteFlowConfig):
         super().__init__(config)
         self.experts = config.timestep_experts()
         spec = config.attention_spec()
-        vlm_layers = [None] * config.num_hidden_layers
+        vlm_layers: Iterable[nn.Module | None] = [None] * config.num_hidden_layers
         if config.variant == "blend":
             # In the type that the whole model is built in; its configuration may remember the one that it came in.
             # trust_remote_code: without an answer transformers may ask at the terminal.
             dtype = torch.get_default_dtype()
             self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config, dtype=dtype, trust_remote_code=False)
-            vlm_layers = self.vlm.model.language_model.layers
+            vlm_layers = config.backbone.decoder_layers(self.vlm)
         self.image_io = nn.ModuleList(
             [ImageIO(config) for _ in range(config.num_groups if config.group_io == "per_group" else 1)]
         )
         self.layers = nn.ModuleList(
             [GenerationLayer(config, i, spec, vlm_layer) for i, vlm_layer in enumerate(vlm_layers)]
         )
-        self.context_rotary = Qwen2VLRotaryEmbedding(config.text_config)
+        self.context_rotary = config.backbone.rotary(config.text_config)
         cos, sin = self._image_rotary()
         self.image_cos: Tensor
         self.image_sin: Tensor
@@ -117,23 +117,22 @@ class LatteFlowModel(PreTrainedModel):
         """Build a model whose generation layers (and, for Blend, whose VLM) start from a VLM's weights.
 
         Args:
-            vlm: a transformers Qwen2VLForConditionalGeneration.
+            vlm: a transformers model of a family in model/backbone.py.
             config: its ``vlm_config`` must be the VLM's.
 
         Raises:
             ValueError: when the configuration describes another VLM.
         """
         ours, theirs = config.text_config, vlm.config.text_config
-        fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-        for field in fields:
-            if getattr(ours, field) != getattr(theirs, field):
-                raise ValueError(
-                    f"vlm_config.text_config.{field}: {getattr(ours, field)} differs from the VLM's {getattr(theirs, field)}"
-                )
+        fields = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        for field in (*fields, "head_dim", "intermediate_size"):
+            mine, other = getattr(ours, field, None), getattr(theirs, field, None)
+            if mine != other:
+                raise ValueError(f"vlm_config.text_config.{field}: {mine} differs from the VLM's {other}")
         model = cls(config)
         if config.variant == "blend":
             model.vlm.load_state_dict(vlm.state_dict())
-        for index, vlm_layer in enumerate(vlm.model.language_model.layers):
+        for index, vlm_layer in enumerate(config.backbone.decoder_layers(vlm)):
             model.layer(index).copy_from(vlm_layer)
         return model
 
@@ -303,13 +302,13 @@ class LatteFlowModel(PreTrainedModel):
         for name, module in replacements.items():
             self.set_submodule(name, module, strict=True)
         if self.config.variant == "blend":
-            for index, vlm_layer in enumerate(self.vlm.model.language_model.layers):
+            for index, vlm_layer in enumerate(self.config.backbone.decoder_layers(self.vlm)):
                 self.layer(index).share_again(vlm_layer)
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """Save as transformers does, each weight under its name here.
 
-        transformers would write Blend's VLM under the names of an older Qwen2-VL, which only its own loader maps back.
+        transformers would write Blend's Qwen2-VL under the names of an older one, which only its own loader maps back.
         """
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
@@ -322,19 +321,19 @@ class LatteFlowModel(PreTrainedModel):
         """
         if self.config.variant != "blend":
             return
-        language_model = self.vlm.model.language_model
-        last_vlm_layer = language_model.layers[-1]
+        backbone = self.config.backbone
+        last_vlm_layer = backbone.decoder_layers(self.vlm)[-1]
         layers = [self.layer(index) for index in range(len(self.layers))]
-        reached = {id(p) for layer in layers for m in layer._shared.values() for p in m.parameters()}
-        reached |= {id(p) for p in language_model.embed_tokens.parameters()}
-        if self.config.context_projection == "generation":
-            reached |= {id(p) for p in last_vlm_layer.input_layernorm.parameters()}
-        else:
-            read = (last_vlm_layer.input_layernorm, last_vlm_layer.self_attn.k_proj, last_vlm_layer.self_attn.v_proj)
-            reached |= {id(p) for m in read for p in m.parameters()}
-        unread = (self.vlm.model.visual, language_model.norm, self.vlm.lm_head, last_vlm_layer)
+        read = ["input_layernorm"]
+        if self.config.context_projection == "vlm":
+            read += [name for name in ("k_proj", "k_norm", "v_proj") if name in backbone.submodules]
+        reached = [self.vlm.get_submodule(backbone.embeddings)]
+        reached += [last_vlm_layer.get_submodule(backbone.path(name)) for name in read]
+        reached += [module for layer in layers for module in layer._shared.values()]
+        kept = {id(p) for module in reached for p in module.parameters()}
+        unread = [last_vlm_layer, *map(self.vlm.get_submodule, backbone.unread)]
         for parameter in (p for module in unread for p in module.parameters()):
-            if id(parameter) not in reached:
+            if id(parameter) not in kept:
                 parameter.requires_grad_(False)
 
     def activated_parameters(self) -> int:

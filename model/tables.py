@@ -1,9 +1,8 @@
 """Tables of named components, such as solvers, that code outside the package adds entries to."""
 
-from collections.abc import Callable
 from typing import TypeVar
 
-Entry = TypeVar("Entry", bound=Callable)
+Entry = TypeVar("Entry")
 
 
 def enter(table: dict, name: str, entry: Entry) -> Entry:

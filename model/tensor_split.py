@@ -2,36 +2,58 @@
 
 In the generation layers and the VLM's decoder layers, the projections to heads and to the MLP's hidden units are cut by rows of
 the weight: each rank computes some heads and units. The projections back are cut by columns: the ranks' outputs add up.
-The gate of the residual maps has one row per head and is split with the heads. Everything else is replicated on every rank.
+The gate of the residual maps has one row per head and is split with the heads. Everything else is replicated on every rank; what
+is replicated but applied to heads (norms of queries and keys) gets a part of its gradient on each.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from latte_flow.model.backbone import BACKBONES, HEAD_NORMS, Backbone
 
 ROUNDING = 0.1
 """Largest accepted difference between replicas, relative to the tensor's largest absolute value. Optimizer moments differ most:
 they average bfloat16 gradients that are larger than themselves. Different tensors differ by more than 1."""
 
-_LAYER = r"(?:(?:layers|vlm\.model\.language_model\.layers|model\.language_model\.layers)\.\d+\.)"
-SPLIT_BY_ROWS = (
-    rf"{_LAYER}(?:(?:self_attn\.)?[qkv]_proj\.(?:weight|bias)|mlp\.(?:gate|up)_proj\.weight|residual_gate\.weight)"
-)
-SPLIT_BY_COLUMNS = rf"{_LAYER}(?:(?:self_attn\.)?o_proj\.weight|mlp\.down_proj\.weight)"
-"""What the names of split parameters match, from their beginning to their end."""
+
+def split_by_rows() -> str:
+    """Return what the names of parameters cut by rows match, from their beginning to their end."""
+    return rf"layers\.\d+\.residual_gate\.weight|{_names(lambda backbone: backbone.split_by_rows)}\.(?:weight|bias)"
+
+
+def split_by_columns() -> str:
+    """Return what the names of parameters cut by columns match."""
+    return rf"{_names(lambda backbone: backbone.split_by_columns)}\.weight"
+
+
+def is_applied_to_heads(name: str) -> bool:
+    """Return whether a replicated parameter is applied to a rank's own heads: its gradients are to be added up over the ranks."""
+    norms = _names(lambda backbone: [name for name in HEAD_NORMS if name in backbone.submodules])
+    return re.fullmatch(rf"{norms}\.weight", name) is not None
+
+
+def _names(parts: Callable[[Backbone], Iterable[str]]) -> str:
+    """Return a pattern of the names that parts of a layer have in a LatteFlowModel and in the VLMs of all families."""
+    names: dict[str, None] = {}
+    for backbone in BACKBONES.values():
+        vlm_layer = rf"(?:vlm\.)?{re.escape(backbone.layers)}\.\d+\."
+        for part in parts(backbone):
+            names[rf"layers\.\d+\.{re.escape(part)}"] = names[vlm_layer + re.escape(backbone.path(part))] = None
+    return f"(?:{'|'.join(names)})"
 
 
 def partition_dim(name: str) -> int | None:
     """Return the dimension along which tensor-parallel ranks hold equal, consecutive parts; None when each holds the whole.
 
     Args:
-        name: of a parameter in the state dict of a LatteFlowModel or of a Qwen2-VL.
+        name: of a parameter in the state dict of a LatteFlowModel or of its VLM.
     """
-    if re.fullmatch(SPLIT_BY_ROWS, name):
+    if re.fullmatch(split_by_rows(), name):
         return 0
-    return 1 if re.fullmatch(SPLIT_BY_COLUMNS, name) else None
+    return 1 if re.fullmatch(split_by_columns(), name) else None
 
 
 def take_part(name: str, tensor: Tensor, rank: int, size: int) -> Tensor:

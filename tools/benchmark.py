@@ -32,13 +32,13 @@ from diffusers import AutoencoderDC
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from latte_flow.model.attention import AttentionSpec, ContextKeyValues, joint_attention
-from latte_flow.model.backbone import build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
 from latte_flow.model.codecs import PixelCodec, load_codec
 from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.context import encode_context, tokenize_prompts
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.sampling import sample_latents
 from latte_flow.model.timestep_experts import TimestepExperts
+from latte_flow.model.tiny_vlm import build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
 from latte_flow.tools.command_line import check_positive, run_function
 from latte_flow.training.components import BACKBONES
 from latte_flow.training.configs.fields import Assumptions, DataConfig, TrainingConfig

@@ -17,7 +17,7 @@ import sys
 from typing import Literal
 
 from latte_flow.tools.command_line import run_function
-from latte_flow.tools.conversion.convert import DTYPES, FORMATS, UNDERSTANDING_FORMATS, convert
+from latte_flow.tools.conversion.convert import DTYPES, FORMATS, STOCK_FORMATS, UNDERSTANDING_FORMATS, convert
 from latte_flow.tools.conversion.inspection import inspect as describe
 from latte_flow.training.checkpoint.formats.source import EMA, MODEL
 from latte_flow.training.checkpoint.manifest import step_name
@@ -63,12 +63,12 @@ def convert_checkpoint(
         tensors: with --inspect: also list every tensor
         weights: default: ema if present; for deepspeed-universal: all
         dtype: type of floating-point weights; default: unchanged
-        max_shard_size: for safetensors-sharded and qwen2-vl; default: 5GB
+        max_shard_size: for safetensors-sharded, qwen2-vl and qwen3-vl; default: 5GB
         tensor_parallel: number of ranks, for megatron-tp and megatron-gpt
         step: step of a training output_dir; default: the newest
         tag: checkpoint folder, such as step_0005000, of a training output_dir or a DeepSpeed folder
         model_folder: folder with config.json, if not beside the weights
-        vlm_path: for qwen2-vl and megatron-gpt: folder or hub id of a Couple model's VLM; default: as recorded
+        vlm_path: for qwen2-vl, qwen3-vl and megatron-gpt: folder or hub id of a Couple model's VLM; default: as recorded
         verify: read the output back and compare it bit for bit
         force: replace an OUTPUT written by an earlier conversion
 
@@ -85,8 +85,8 @@ def convert_checkpoint(
         raise UserError("--inspect takes no OUTPUT and no --to: nothing is written")
     if tensors and not inspect:
         raise UserError("--tensors goes with --inspect")
-    if max_shard_size is not None and to not in ("safetensors-sharded", "qwen2-vl"):
-        raise UserError("--max_shard_size goes with --to safetensors-sharded or qwen2-vl")
+    if max_shard_size is not None and to not in ("safetensors-sharded", *STOCK_FORMATS):
+        raise UserError(f"--max_shard_size goes with --to safetensors-sharded or {' or '.join(STOCK_FORMATS)}")
     if vlm_path is not None and to not in UNDERSTANDING_FORMATS:
         raise UserError(f"--vlm_path goes with --to {' or '.join(UNDERSTANDING_FORMATS)}")
     if inspect:

@@ -20,22 +20,14 @@ from transformers import (
     Qwen2VLConfig,
 )
 
-from latte_flow.model.backbone import (
-    build_tiny_tokenizer,
-    build_tiny_vlm,
-    checkpoint_folder,
-    fingerprint,
-    load_tokenizer,
-    load_vlm,
-    read_vlm_config,
-    tiny_vlm_config,
-)
+from latte_flow.model.backbone import checkpoint_folder, fingerprint, load_tokenizer, load_vlm, read_vlm_config
 from latte_flow.model.codecs import LatentCodec, apply_preset, load_codec
 from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.context import tokenize_prompts, truncate_prompts
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.settings import read_settings
 from latte_flow.model.tensor_split import check_tensor_parallel
+from latte_flow.model.tiny_vlm import build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
 from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, PipelineConfig
 from latte_flow.training.configs.fields import TrainingConfig
 from latte_flow.training.data.context_cache import ContextSource, PromptEncoder, open_context_source

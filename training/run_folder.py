@@ -5,9 +5,10 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from latte_flow.model.backbone import build_tiny_image_processor, checkpoint_folder, load_image_processor
+from latte_flow.model.backbone import checkpoint_folder, load_image_processor
 from latte_flow.model.codecs import apply_preset
 from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.model.tiny_vlm import build_tiny_image_processor
 from latte_flow.training.checkpoint.formats.source import EXPORT_FILE, read_export_record, require_export_record
 from latte_flow.training.checkpoint.formats.universal import UniversalSource
 from latte_flow.training.checkpoint.manifest import (

@@ -18,7 +18,8 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.tools import convert_checkpoint
-from latte_flow.tools.conversion.convert import FORMATS, convert
+from latte_flow.tools.conversion.convert import FORMATS as ALL_FORMATS
+from latte_flow.tools.conversion.convert import convert
 from latte_flow.tools.conversion.inspection import inspect
 from latte_flow.training.checkpoint.formats.recognise import open_weights
 from latte_flow.training.checkpoint.opening import load_pipeline, open_checkpoint, read_weights
@@ -35,6 +36,7 @@ RUNS = {
     "blend_zero3_2": {"ranks": 2, "zero": "zero3", "model__variant": "blend"},
     "blend_tensor_2": {"ranks": 2, "zero": "zero1", "model__variant": "blend", "tensor_parallel": 2},
 }
+FORMATS = tuple(name for name in ALL_FORMATS if name != "qwen3-vl")  # the VLM is a Qwen2-VL; see test_qwen3_vl.py
 UNDERSTANDING_FORMATS = ("qwen2-vl", "megatron-gpt")
 WEIGHT_FORMATS = tuple(name for name in FORMATS if name not in UNDERSTANDING_FORMATS)
 OPTIONS = {"megatron-tp": {"tensor_parallel": 2}, "safetensors-sharded": {"max_shard_size": "150KB"}}

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
 
-from latte_flow.model.backbone import build_tiny_vlm
+from latte_flow.model.tiny_vlm import build_tiny_vlm
 from latte_flow.training.checkpoint.opening import load_pipeline, read_weights
 from latte_flow.training.components import tiny_vlm_parts
 from latte_flow.training.configs.saved import load_config

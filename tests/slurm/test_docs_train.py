@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latte_flow.model.backbone import build_tiny_image_processor, build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
+from latte_flow.model.tiny_vlm import build_tiny_image_processor, build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
 from tests.integration.launching import environment, free_port
 from tests.slurm.conftest import ROOT
 from tests.tiny_models import save_tiny_dc_ae

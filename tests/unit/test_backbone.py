@@ -1,4 +1,4 @@
-"""Loading a VLM: from a folder, from the hub's cache, Qwen2-VL and Qwen2.5-VL; what is neither is refused."""
+"""Loading a VLM: from a folder, from the hub's cache, Qwen2-VL and Qwen2.5-VL; an unknown family is refused."""
 
 import json
 import os
@@ -9,21 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-from latte_flow.model.backbone import (
-    build_tiny_tokenizer,
-    build_tiny_vlm,
-    fingerprint,
-    load_image_processor,
-    load_tokenizer,
-    load_vlm,
-    read_vlm_config,
-    tiny_vlm_config,
+from transformers import (
+    Gemma3Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
 )
+
+from latte_flow.model.backbone import fingerprint, load_image_processor, load_tokenizer, load_vlm, read_vlm_config
 from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.context import encode_context, tokenize_prompts
 from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.model.tiny_vlm import build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
 from tests.tiny import noise
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -84,8 +83,17 @@ def test_other_models_and_missing_ones_are_refused(folder, tokenizer, tmp_path):
         load_vlm(tmp_path)
     llama = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
     LlamaForCausalLM(llama).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"^path: .* holds a llama; accepted: qwen2_vl, qwen2_5_vl"):
+    with pytest.raises(ValueError, match=r"^path: .* holds a llama; accepted: qwen2_vl, qwen2_5_vl, qwen3_vl$"):
         load_vlm(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [LlavaConfig, Gemma3Config])
+def test_a_network_over_an_unknown_family_names_the_accepted_ones(kind):
+    message = (
+        f"^vlm_config.model_type: '{kind.model_type}' is unknown; accepted values: qwen2_vl, qwen2_5_vl, qwen3_vl$"
+    )
+    with pytest.raises(ValueError, match=message):
+        LatteFlowConfig(vlm_config=kind())
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AddedToken, Qwen2Tokenizer
 
-from latte_flow.model.backbone import SPECIAL_TOKENS, build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
 from latte_flow.model.context import (
     Context,
     as_key_values,
@@ -19,7 +18,8 @@ from latte_flow.model.context import (
     tokenize_prompts,
     truncate_prompts,
 )
-from tests.tiny import PROMPTS, image_prompts, make_vlm, noise, text_prompts
+from latte_flow.model.tiny_vlm import SPECIAL_TOKENS, build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
+from tests.tiny import FAMILIES, PROMPTS, image_prompts, make_vlm, noise, text_prompts
 
 LAYERS = 3
 PROJECTIONS = ("generation", "vlm")
@@ -29,6 +29,11 @@ TEXTS = ["A red apple.", "Seven geese fly over the old mill.", "", "Ünïcode: �
 @pytest.fixture(scope="module")
 def vlm():
     return make_vlm(num_layers=LAYERS)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def any_vlm(request):
+    return make_vlm(num_layers=LAYERS, family=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +65,8 @@ def assert_same_on_real_tokens(a: Context, b: Context, rtol: float = 1e-4, atol:
 class TestIsWhatTransformersComputes:
     """A plain call of the VLM, which finds masks and positions on its own, is the independent side."""
 
-    def test_states_are_what_each_layers_input_norm_puts_out(self, vlm, kind):
-        inputs, seen = PROMPTS[kind](), []
+    def test_states_are_what_each_layers_input_norm_puts_out(self, any_vlm, kind):
+        vlm, inputs, seen = any_vlm, PROMPTS[kind](), []
         hooks = [
             layer.input_layernorm.register_forward_hook(lambda _, __, output: seen.append(output))
             for layer in vlm.model.language_model.layers
@@ -77,8 +82,8 @@ class TestIsWhatTransformersComputes:
             torch.testing.assert_close(context.states[layer][real], expected[real], rtol=1e-4, atol=1e-5)
         assert torch.equal(context.mask, real)
 
-    def test_vlm_projection_is_the_vlms_cache(self, vlm, kind):
-        inputs = PROMPTS[kind]()
+    def test_vlm_projection_is_the_vlms_cache(self, any_vlm, kind):
+        vlm, inputs = any_vlm, PROMPTS[kind]()
         context = encode_context(vlm, inputs, "vlm")
         real = inputs["attention_mask"].bool()
         for layer, cached in enumerate(vlm(**inputs, use_cache=True).past_key_values.layers):

@@ -6,8 +6,8 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from latte_flow.model.backbone import build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
 from latte_flow.model.context import encode_context, tokenize_prompts
+from latte_flow.model.tiny_vlm import build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
 from latte_flow.training.data import context_cache
 from latte_flow.training.data.context_cache import (
     FixedContextCache,

@@ -10,12 +10,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
 
-from latte_flow.model.backbone import build_tiny_tokenizer, build_tiny_vlm, load_vlm, tiny_vlm_config
+from latte_flow.model.backbone import load_vlm
 from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.context import encode_context
 from latte_flow.model.flow_matching import flow_matching_loss
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.sampling import sample_latents
+from latte_flow.model.tiny_vlm import build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
 from tests.tiny import PROMPTS, make_config, make_model, make_vlm, noise, randomise, text_prompts, vlm_config
 
 LAYERS = 8
@@ -408,7 +409,9 @@ def loss_of(model: LatteFlowModel, vlm) -> torch.Tensor:
     + [{"variant": "couple", "context_projection": projection} for projection in ("generation", "vlm")],
     ids=lambda c: f"{c['variant']}-{c['context_projection']}-{'+'.join(c.get('shared_modules', ()))}",
 )
-def test_exactly_the_parameters_the_loss_reaches_stay_trainable(small_vlm, changes):
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_exactly_the_parameters_the_loss_reaches_stay_trainable(family, changes):
+    small_vlm = make_vlm(num_layers=4, family=family)
     model = make_model(small_vlm, **changes)
     loss_of(model, small_vlm).backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}

@@ -8,21 +8,13 @@ import socket
 import pytest
 import torch
 
-from latte_flow.model.backbone import (
-    build_tiny_image_processor,
-    build_tiny_tokenizer,
-    build_tiny_vlm,
-    fingerprint,
-    load_image_processor,
-    load_tokenizer,
-    load_vlm,
-    tiny_vlm_config,
-)
+from latte_flow.model.backbone import fingerprint, load_image_processor, load_tokenizer, load_vlm
 from latte_flow.model.codecs import load_codec
 from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.context import tokenize_prompts
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.pipeline import LatteFlowPipeline
+from latte_flow.model.tiny_vlm import build_tiny_image_processor, build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
 from latte_flow.training.checkpoint.formats.recognise import open_weights
 from latte_flow.training.checkpoint.model_folder import PipelineConfig, save_components
 from latte_flow.training.checkpoint.opening import load_pipeline

@@ -13,17 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
-from latte_flow.model.backbone import (
-    build_tiny_image_processor,
-    build_tiny_tokenizer,
-    build_tiny_vlm,
-    fingerprint,
-    tiny_vlm_config,
-)
+from latte_flow.model.backbone import fingerprint
 from latte_flow.model.codecs import load_codec
 from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.pipeline import LatteFlowPipeline
+from latte_flow.model.tiny_vlm import build_tiny_image_processor, build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
 from latte_flow.training.checkpoint.model_folder import PipelineConfig, save_components
 from latte_flow.training.checkpoint.opening import load_pipeline
 from latte_flow.training.errors import UserError

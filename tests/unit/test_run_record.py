@@ -11,7 +11,7 @@ import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from latte_flow.model.backbone import build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
+from latte_flow.model.tiny_vlm import build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
 from latte_flow.training.components import build_components
 from latte_flow.training.configs.parser import parse_config
 from latte_flow.training.configs.saved import save_config

@@ -18,7 +18,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "preprocessor_config.json",
     "video_preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
-"""What transformers saves of a Qwen2 tokenizer, its image processor and its processor."""
+"""What transformers saves of a VLM's tokenizer, its image processor and its processor."""
 VLM_FILES = (
     *TOKENIZER_FILES,
     "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",

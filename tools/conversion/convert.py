@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from latte_flow.model.backbone import BACKBONES
 from latte_flow.model.configuration import LatteFlowConfig, load_network_config
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.tensor_split import check_tensor_parallel
@@ -21,7 +22,11 @@ from latte_flow.tools.conversion.output_folder import (
     make_partial_folder,
     put_in_place,
 )
-from latte_flow.tools.conversion.qwen2_vl import compare_qwen2_vl, load_understanding_path, write_qwen2_vl
+from latte_flow.tools.conversion.understanding import (
+    compare_understanding_path,
+    load_understanding_path,
+    write_understanding_path,
+)
 from latte_flow.tools.conversion.writers import (
     write_dcp,
     write_megatron_dist,
@@ -39,6 +44,7 @@ from latte_flow.training.checkpoint.opening import OpenedCheckpoint, open_checkp
 from latte_flow.training.durable import sync_folder, write_synced
 from latte_flow.training.errors import UserError
 
+STOCK_FORMATS = tuple(dict.fromkeys(backbone.export_format for backbone in BACKBONES.values()))
 FORMATS = (
     "safetensors",
     "safetensors-sharded",
@@ -47,10 +53,10 @@ FORMATS = (
     "deepspeed-universal",
     "megatron-tp",
     "megatron-dist",
-    "qwen2-vl",
+    *STOCK_FORMATS,
     "megatron-gpt",
 )
-UNDERSTANDING_FORMATS = ("qwen2-vl", "megatron-gpt")
+UNDERSTANDING_FORMATS = (*STOCK_FORMATS, "megatron-gpt")
 TENSOR_PARALLEL_FORMATS = ("megatron-tp", "megatron-gpt")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]?i?B", re.IGNORECASE)
@@ -138,6 +144,9 @@ def match(
     if tensor_parallel != 1 and to not in TENSOR_PARALLEL_FORMATS:
         others = " or ".join(TENSOR_PARALLEL_FORMATS)
         raise UserError(f"tensor_parallel: {tensor_parallel}; accepted with --to {to}: 1 (with --to {others}: more)")
+    if to in STOCK_FORMATS and to != config.backbone.export_format:
+        kind = config.vlm_config.model_type
+        raise UserError(f"to: {to}; the VLM is a {kind}; accepted: {config.backbone.export_format}")
     check_tensor_parallel(config.text_config, tensor_parallel)
     with torch.device("meta"):
         network = LatteFlowModel(config)
@@ -160,9 +169,9 @@ def write(
 ) -> list[str]:
     """Write the weights in a format, and copy the other components; return the files that were not copied."""
     assert opened.components is not None, "match refuses weights without config.json"
-    if to == "qwen2-vl":
+    if to in STOCK_FORMATS:
         options = {"dtype": None if dtype is None else DTYPES[dtype], "max_shard_size": max_shard_size}
-        return write_qwen2_vl(folder, source, config, opened, **options)
+        return write_understanding_path(folder, source, config, opened, **options)
     if to == "megatron-gpt":
         vlm = load_understanding_path(source, config, opened, None if dtype is None else DTYPES[dtype])
         write_megatron_gpt(folder, vlm, step=source.step, tensor_parallel=ranks)
@@ -211,8 +220,8 @@ def _verify(
     Raises:
         ValueError: names the first tensor that differs.
     """
-    if to == "qwen2-vl":
-        pairs = compare_qwen2_vl(folder, source, config, opened)
+    if to in STOCK_FORMATS:
+        pairs = compare_understanding_path(folder, source, config, opened)
     elif to == "megatron-gpt":
         vlm = load_understanding_path(source, config, opened, None if dtype is None else DTYPES[dtype])
         pairs = compare_megatron_gpt(folder, vlm, tensor_parallel=ranks)

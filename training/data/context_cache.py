@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from latte_flow.model.backbone import backbone_of
 from latte_flow.model.context import Context, encode_context, tokenize_prompts
 from latte_flow.training.configs.fields import VlmConfig
 from latte_flow.training.distributed.collectives import print_once
@@ -79,7 +80,8 @@ class PromptEncoder:
         """Return the size of one prompt's states over all layers, in bytes."""
         config = self.vlm.config.text_config
         # Read from the weights: a VLM split over tensor-parallel ranks has only a part of the key heads.
-        keys = len(self.vlm.model.language_model.layers[0].self_attn.k_proj.weight)
+        backbone = backbone_of(self.vlm.config)
+        keys = len(backbone.decoder_layers(self.vlm)[0].get_parameter(f"{backbone.path('k_proj')}.weight"))
         numbers = config.hidden_size if self.projection == "generation" else 2 * keys
         length = self.inputs["input_ids"].shape[1]
         return length * config.num_hidden_layers * numbers * (self.dtype or self.vlm.dtype).itemsize

@@ -19,7 +19,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
-from latte_flow.model.tensor_split import SPLIT_BY_COLUMNS, SPLIT_BY_ROWS
+from latte_flow.model.tensor_split import split_by_columns, split_by_rows
 
 
 def master_shards(zero) -> list[Tensor]:
@@ -137,7 +137,7 @@ def mark_universal(model: torch.nn.Module, tensor_parallel: int = 1) -> None:
     """
     info = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
     if tensor_parallel > 1:
-        info[constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS] = [rf"(?:{SPLIT_BY_COLUMNS})$"]
+        info[constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS] = [rf"(?:{split_by_columns()})$"]
         # Replicated parameters are averaged, which changes them at most by rounding (model/tensor_split.py).
-        info[constants.PARAMETER_TO_AVERAGE_PATTERNS] = [rf"(?!(?:{SPLIT_BY_ROWS}|{SPLIT_BY_COLUMNS})$)"]
+        info[constants.PARAMETER_TO_AVERAGE_PATTERNS] = [rf"(?!(?:{split_by_rows()}|{split_by_columns()})$)"]
     setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, info)

@@ -1,4 +1,4 @@
-"""The understanding path as a stock Qwen2-VL folder, which transformers loads without our code."""
+"""The understanding path as a stock folder of its VLM's family, which transformers loads without our code."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ PREFIX = "vlm."
 """Prefix of the VLM's weights in a Blend model."""
 
 
-def write_qwen2_vl(
+def write_understanding_path(
     folder: Path,
     source: WeightSource,
     config: LatteFlowConfig,
@@ -73,10 +73,10 @@ def load_understanding_path(
     return vlm
 
 
-def compare_qwen2_vl(
+def compare_understanding_path(
     folder: Path, source: WeightSource, config: LatteFlowConfig, opened: OpenedCheckpoint
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield (name, tensor in the folder, expected tensor) for every VLM weight that ``write_qwen2_vl`` wrote."""
+    """Yield (name, tensor in the folder, expected tensor) for every VLM weight that ``write_understanding_path`` wrote."""
     written, _ = load_vlm(folder)
     own = written.state_dict(keep_vars=True)
     if config.variant == "blend":
