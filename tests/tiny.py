@@ -1,11 +1,20 @@
-"""Tiny Qwen2-VLs built with transformers alone, prompts for them, and generation models over them.
+"""Tiny VLMs of every family built with transformers alone, prompts for them, and generation models over them.
 
 Every weight is random, also those that start at zero or one: a bias or a norm that is used wrongly must show.
 """
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.latte_flow import LatteFlowModel
@@ -13,11 +22,31 @@ from latte_flow.model.latte_flow import LatteFlowModel
 VOCABULARY = 64
 VISION_START, VISION_END, IMAGE = 60, 61, 62
 
+FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
+    "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+}
+HEAD_DIM = {"qwen2_vl": 16, "qwen2_5_vl": 16, "qwen3_vl": 24}
+"""Size of the 4 query and 2 key heads; Qwen3-VL's need not fill the width of 64."""
+_LATER_VISION = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48}
+_VISION = {
+    "qwen2_vl": {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
+    "qwen2_5_vl": {**_LATER_VISION, "fullatt_block_indexes": [1]},
+    "qwen3_vl": {**_LATER_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+}
 
-def vlm_config(num_layers: int = 8) -> Qwen2VLConfig:
-    """Return a Qwen2-VL configuration of width 64: 4 query heads and 2 key heads of 16, pictures in patches of 2 x 2 pixels."""
-    return Qwen2VLConfig(
+
+def vlm_config(num_layers: int = 8, family: str = "qwen2_vl"):
+    """Return a VLM's configuration of width 64: 4 query heads and 2 key heads, pictures in patches of 2 x 2 pixels."""
+    # A small theta and one section per axis, all of them turning visibly within a few positions.
+    rope = {"rope_type": "default", "rope_theta": 50.0, "mrope_section": [2, 3, 3]}
+    own = {}
+    if family == "qwen3_vl":
+        own, rope["mrope_section"] = {"head_dim": HEAD_DIM[family]}, [4, 4, 4]
+    return FAMILIES[family][0](
         text_config={
+            **own,
             "vocab_size": VOCABULARY,
             "hidden_size": 64,
             "num_hidden_layers": num_layers,
@@ -26,18 +55,15 @@ def vlm_config(num_layers: int = 8) -> Qwen2VLConfig:
             "intermediate_size": 96,
             "max_position_embeddings": 128,
             "rms_norm_eps": 1e-6,
-            # A small theta and one section per axis, all of them turning visibly within a few positions.
-            "rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "mrope_section": [2, 3, 3]},
+            "rope_parameters": rope,
             "bos_token_id": 0,
             "eos_token_id": 1,
             "pad_token_id": 0,
         },
         vision_config={
+            **_VISION[family],
             "depth": 2,
-            "embed_dim": 32,
-            "hidden_size": 64,
             "num_heads": 2,
-            "mlp_ratio": 2,
             "patch_size": 2,
             "temporal_patch_size": 2,
             "spatial_merge_size": 2,
@@ -59,23 +85,21 @@ def randomise(module: nn.Module, std: float = 0.1, seed: int = 0) -> nn.Module:
     return module
 
 
-def make_vlm(num_layers: int = 8, seed: int = 0) -> Qwen2VLForConditionalGeneration:
-    """Return a random Qwen2-VL in eval mode, its weights a function of the seed."""
+def make_vlm(num_layers: int = 8, seed: int = 0, family: str = "qwen2_vl"):
+    """Return a random VLM in eval mode, its weights a function of the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vlm = Qwen2VLForConditionalGeneration(vlm_config(num_layers))
+        vlm = FAMILIES[family][1](vlm_config(num_layers, family))
     return randomise(vlm.eval(), seed=seed).requires_grad_(False)
 
 
-def make_config(vlm: Qwen2VLForConditionalGeneration, **changes) -> LatteFlowConfig:
+def make_config(vlm, **changes) -> LatteFlowConfig:
     """Return the configuration of a generation model over a VLM: a 4 x 4 latent of 3 channels unless changed."""
     fields = {"latent_channels": 3, "latent_size": (4, 4), "timestep_frequencies": 32}
     return LatteFlowConfig(vlm_config=vlm.config, **(fields | changes))
 
 
-def make_model(
-    vlm: Qwen2VLForConditionalGeneration, *, random: bool = True, seed: int = 0, **changes
-) -> LatteFlowModel:
+def make_model(vlm, *, random: bool = True, seed: int = 0, **changes) -> LatteFlowModel:
     """Return a generation model in eval mode, as new (``random=False``) or with noise on every weight."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

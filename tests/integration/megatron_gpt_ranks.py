@@ -45,7 +45,9 @@ def run(rank: int, ranks: int, folder: str, work: str) -> None:
     fields["activation_func"] = getattr(torch.nn.functional, fields["activation_func"])
     model = GPTModel(
         config=TransformerConfig(**fields, use_cpu_initialization=True),
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization=fields["normalization"]),
+        transformer_layer_spec=get_gpt_layer_local_spec(
+            normalization=fields["normalization"], qk_layernorm=fields["qk_layernorm"]
+        ),
         parallel_output=False,
         **arguments["gpt_model"],
     ).eval()

@@ -58,8 +58,8 @@ def forward(model: LatteFlowModel, vlm, projection: str) -> torch.Tensor:
 
 def compare_with_the_whole(ranks: Ranks) -> None:
     """Forward and gradients of the split network are those of the whole one, in float64; what is not split has equal bits."""
-    for case in cases():
-        vlm = make_vlm().double()
+    for family, case in itertools.product(("qwen2_vl", "qwen3_vl"), cases()):
+        vlm = make_vlm(family=family).double()
         whole = make_model(vlm, num_groups=4, **case).double()
         split = copy.deepcopy(whole)
         ranks.split_model(split)

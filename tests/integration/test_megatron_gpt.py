@@ -1,4 +1,4 @@
-"""A Qwen2-VL's language model in megatron-core's GPTModel: the same logits from the weights under Megatron's names."""
+"""A VLM's language model in megatron-core's GPTModel: the same logits from the weights under Megatron's names."""
 
 import pytest
 import torch
@@ -20,17 +20,18 @@ def untied_vlm() -> Qwen2VLForConditionalGeneration:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_logits_are_those_of_transformers(tmp_path, ranks, tied):
-    vlm = make_vlm(4) if tied else untied_vlm()
+@pytest.mark.parametrize(("family", "tied"), [("qwen2_vl", True), ("qwen2_vl", False), ("qwen3_vl", True)])
+def test_the_logits_are_those_of_transformers(tmp_path, ranks, family, tied):
+    vlm = make_vlm(4, family=family) if tied else untied_vlm()
     assert (vlm.lm_head.weight is vlm.model.language_model.embed_tokens.weight) == tied
     write_megatron_gpt(tmp_path / "gpt", vlm, step=7, tensor_parallel=ranks)
     ids = torch.randint(0, 60, (2, 11), generator=torch.Generator().manual_seed(3))
     assert_logits_agree(megatron_gpt_ranks.logits(tmp_path / "gpt", ids, tmp_path, ranks=ranks), vlm, ids)
 
 
-def test_every_number_of_the_language_model_is_in_one_rank_or_the_same_in_all():
-    vlm = make_vlm(2)
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_every_number_of_the_language_model_is_in_one_rank_or_the_same_in_all(family):
+    vlm = make_vlm(2, family=family)
     parts = [gpt_part(vlm, rank, 2) for rank in range(2)]
     same = {name for name, tensor in parts[0].items() if tensor is not None and torch.equal(tensor, parts[1][name])}
     assert same == {name for name in parts[0] if "norm" in name}

@@ -1,5 +1,6 @@
 """docs/extending.md: its examples, run as they stand there, make components that the package then uses."""
 
+import copy
 import re
 from pathlib import Path
 from unittest.mock import patch
@@ -7,10 +8,14 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from latte_flow.model.backbone import BACKBONES, load_vlm
+from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.solvers import SOLVERS, integrate
 from latte_flow.model.time_grids import TIME_GRIDS, make_timesteps, uniform_timesteps
 from latte_flow.model.timestep_experts import TimestepExperts
+from latte_flow.model.tiny_vlm import build_tiny_tokenizer
 from latte_flow.training.configs.parser import parse_config
+from tests.tiny import make_model, noise, text_prompts, vlm_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
@@ -42,3 +47,27 @@ def test_a_time_grid():
         experts = TimestepExperts(num_layers=4, num_groups=2)
         assert make_timesteps(experts, 64, num_steps=4, time_grid="quadratic") == [1000, 562.5, 250, 62.5, 0]
         assert parse_config(["--sample.time_grid", "quadratic"]).sample.time_grid == "quadratic"
+
+
+def test_a_backbone(tmp_path):
+    """Its VLM is loaded by its path, trains in a Blend, and comes back from a folder; without the entry it is refused."""
+    with patch.dict(BACKBONES):
+        names = {}
+        exec(example("Backbone"), names)
+        config = names["StudioConfig"](
+            **{k: v for k, v in vlm_config(4, "qwen3_vl").to_dict().items() if k != "model_type"}
+        )
+        names["StudioVL"](config).save_pretrained(tmp_path / "vlm")
+        build_tiny_tokenizer(["a word"], 300).save_pretrained(tmp_path / "vlm")
+        vlm, _ = load_vlm(tmp_path / "vlm")
+        assert type(vlm) is names["StudioVL"]
+        model = make_model(vlm, variant="blend")
+        batch = {"context_rows": torch.arange(4) % 3, "prompt_inputs": text_prompts()}
+        velocity = model(noise(4), torch.tensor([900.0, 600.0, 400.0, 100.0]), **batch)
+        velocity.square().mean().backward()
+        assert model.vlm.model.language_model.layers[0].self_attn.q_norm.weight.grad.any()
+        model.save_pretrained(tmp_path / "model")
+        loaded = copy.deepcopy(LatteFlowModel.from_pretrained(tmp_path / "model"))
+        assert torch.equal(loaded(noise(4), torch.tensor([900.0, 600.0, 400.0, 100.0]), **batch), velocity)
+    with pytest.raises(ValueError, match=r"holds a studio_vl; accepted: qwen2_vl, qwen2_5_vl, qwen3_vl$"):
+        load_vlm(tmp_path / "vlm")

@@ -1,22 +1,23 @@
-"""A generation layer: transformers' Qwen2-VL decoder layer where nothing is added, and Eq. 3 and the figure written out."""
+"""A generation layer: transformers' decoder layer of each family where nothing is added, and Eq. 3 and the figure written out."""
 
 import copy
 
 import pytest
 import torch
 from torch import Tensor
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer, Qwen2VLRotaryEmbedding
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
 
 from latte_flow.model.attention import ContextKeyValues
 from latte_flow.model.context import encode_context
 from latte_flow.model.generation_layer import GenerationLayer
 from latte_flow.model.position import rotary_2d
-from tests.tiny import PROMPTS, make_config, make_model, make_vlm, noise, randomise
+from tests.tiny import FAMILIES, PROMPTS, make_config, make_model, make_vlm, noise, randomise
+from tests.tiny import HEAD_DIM as HEAD_DIMS
 
 pytestmark = pytest.mark.usefixtures("flash_attn")
 
 BACKENDS = ("reference", "sdpa", "flash")
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 2, 16
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 2, HEAD_DIMS["qwen2_vl"]
 # Where scale_a and scale_m are among the vectors from the time embedding: as in section 5's equations, and as in adaLN-Zero.
 OUTPUT_SCALES = {"four": (0, 3), "six": (2, 5)}
 
@@ -28,6 +29,11 @@ def image_positions(side: int = 4, dtype: torch.dtype = torch.float32) -> tuple[
 @pytest.fixture(scope="module")
 def vlm():
     return make_vlm(num_layers=2)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def any_vlm(request):
+    return make_vlm(num_layers=3, family=request.param)
 
 
 def make_layer(vlm, layer_idx: int = 0, **changes) -> GenerationLayer:
@@ -47,8 +53,8 @@ def neutralise(layer: GenerationLayer) -> None:
         vectors[position] = 1.0
 
 
-def mrope(config, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    return Qwen2VLRotaryEmbedding(config.text_config)(torch.zeros(1, dtype=torch.float64), position_ids)
+def mrope(vlm, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    return vlm.model.language_model.rotary_emb(torch.zeros(1, dtype=torch.float64), position_ids)
 
 
 class TestIsTheVlmsLayer:
@@ -56,7 +62,8 @@ class TestIsTheVlmsLayer:
 
     @pytest.mark.parametrize("modulation", ["four", "six"])
     @pytest.mark.parametrize("backend", BACKENDS)
-    def test_equals_qwen2_vls_decoder_layer(self, vlm, backend, modulation):
+    def test_equals_transformers_decoder_layer(self, any_vlm, backend, modulation):
+        vlm = any_vlm
         layer = make_layer(
             vlm, 1, post_norm=False, residual_attention=False, modulation=modulation, attention_backend=backend
         ).double()
@@ -65,7 +72,7 @@ class TestIsTheVlmsLayer:
         x = noise(3, 9, HIDDEN).double()
         rng = torch.Generator().manual_seed(0)
         positions = torch.randint(0, 20, (3, 3, 9), generator=rng)  # time, row and column differ
-        cos_sin = mrope(vlm.config, positions)
+        cos_sin = mrope(vlm, positions)
         ours, residual = layer(x, layer.condition(noise(3, HIDDEN).double()), position_embeddings=cos_sin, causal=True)
         causal = torch.full((9, 9), float("-inf"), dtype=torch.float64).triu(1)[None, None]
         expected = theirs(x, attention_mask=causal, position_embeddings=cos_sin)
@@ -77,16 +84,16 @@ class TestIsTheVlmsLayer:
     def test_without_a_mask_it_is_bidirectional(self, vlm):
         layer = make_layer(vlm, post_norm=False, residual_attention=False).double()
         neutralise(layer)
-        x, cos_sin = noise(2, 9, HIDDEN).double(), mrope(vlm.config, torch.arange(9).expand(3, 2, -1))
+        x, cos_sin = noise(2, 9, HIDDEN).double(), mrope(vlm, torch.arange(9).expand(3, 2, -1))
         ours, _ = layer(x, layer.condition(noise(2, HIDDEN).double()), position_embeddings=cos_sin)
         theirs = copy.deepcopy(vlm.model.language_model.layers[0]).double()
         everything = torch.zeros(2, 1, 9, 9, dtype=torch.float64)
         expected = theirs(x, attention_mask=everything, position_embeddings=cos_sin)
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
 
-    def test_has_as_many_parameters_as_the_vlms_layer_and_the_modulation(self, vlm):
-        ours = sum(p.numel() for p in make_layer(vlm, post_norm=False, residual_attention=False).parameters())
-        theirs = sum(p.numel() for p in vlm.model.language_model.layers[0].parameters())
+    def test_has_as_many_parameters_as_the_vlms_layer_and_the_modulation(self, any_vlm):
+        ours = sum(p.numel() for p in make_layer(any_vlm, post_norm=False, residual_attention=False).parameters())
+        theirs = sum(p.numel() for p in any_vlm.model.language_model.layers[0].parameters())
         assert ours == theirs + HIDDEN * 4 * HIDDEN + 4 * HIDDEN
 
     def test_copies_weights_and_does_not_alias_them(self, vlm):
@@ -103,21 +110,21 @@ class TestIsTheVlmsLayer:
 
 
 @pytest.mark.parametrize("kind", PROMPTS)
-def test_projected_context_is_the_vlms_keys_and_values(vlm, kind):
+def test_projected_context_is_the_vlms_keys_and_values(any_vlm, kind):
     """Against the cache of a plain forward pass of transformers, which finds mask and positions on its own."""
-    inputs = PROMPTS[kind]()
-    model = make_model(vlm, num_groups=2, random=False)
+    vlm, inputs = any_vlm, PROMPTS[kind]()
+    model = make_model(vlm, num_groups=3, random=False)
     context = encode_context(vlm, inputs, "generation")
     projected = model.project_context(context)
     cache = vlm(**inputs, use_cache=True).past_key_values
     real = inputs["attention_mask"].bool()
-    assert set(projected) == {0, 1}
+    assert set(projected) == {0, 1, 2}
     if kind == "pictures":  # otherwise the test would not see a mix-up of time, row and column
         assert (context.position_ids[0] != context.position_ids[1]).any()
         assert (context.position_ids[1] != context.position_ids[2]).any()
     for index, layer in enumerate(cache.layers):
         for ours, theirs in ((projected[index].key, layer.keys), (projected[index].value, layer.values)):
-            assert ours.shape == theirs.shape == (len(real), KV_HEADS, real.shape[1], HEAD_DIM)
+            assert ours.shape == theirs.shape == (len(real), KV_HEADS, real.shape[1], HEAD_DIMS[vlm.config.model_type])
             ours, theirs = (x.transpose(1, 2)[real] for x in (ours, theirs))
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         assert torch.equal(projected[index].mask, real)
@@ -189,7 +196,7 @@ def test_a_group_of_two_layers_equals_the_papers_equations(vlm, backend):
     context, mask = noise(3, 5, HIDDEN, seed=9).double(), torch.arange(5) < torch.tensor([5, 3, 0])[:, None]
     cos_sin = image_positions(dtype=torch.float64)
     positions = torch.randint(0, 9, (3, 3, 5), generator=torch.Generator().manual_seed(0))
-    context_cos_sin = mrope(vlm.config, positions)
+    context_cos_sin = mrope(vlm, positions)
     ours = theirs = x
     previous = previous_map = None
     for layer in model.layers:

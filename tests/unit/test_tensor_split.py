@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from latte_flow.model.tensor_split import check_tensor_parallel, join_parts, partition_dim, take_part
-from tests.tiny import make_model, make_vlm, vlm_config
+from latte_flow.model.tensor_split import (
+    check_tensor_parallel,
+    is_applied_to_heads,
+    join_parts,
+    partition_dim,
+    take_part,
+)
+from tests.tiny import FAMILIES, make_model, make_vlm, vlm_config
 
 
 @pytest.mark.parametrize("variant", ["couple", "blend"])
@@ -22,11 +28,25 @@ def test_heads_and_units_are_split_and_all_else_is_not(variant):
         assert torch.equal(join_parts(name, parts), parameter)
 
 
-def test_a_stock_qwen2_vl_is_split_by_the_same_rule():
-    names = [name for name, _ in make_vlm().named_parameters()]
-    blend = make_model(make_vlm(), variant="blend")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stock_vlm_is_split_by_the_same_rule(family):
+    vlm = make_vlm(family=family)
+    names = [name for name, _ in vlm.named_parameters()]
+    blend = make_model(vlm, variant="blend")
     ours = {name for name, _ in blend.named_parameters() if partition_dim(name) is not None and name.startswith("vlm.")}
     assert {f"vlm.{name}" for name in names if partition_dim(name) is not None} == ours
+    assert len(ours) == 8 * (7 if family == "qwen3_vl" else 10)
+
+
+def test_norms_of_single_heads_are_replicated_and_applied_to_a_ranks_own():
+    """Two a layer; none elsewhere, and none in a family without them."""
+    vlm = make_vlm(family="qwen3_vl")
+    for variant, number in (("couple", 8 * 2), ("blend", 8 * 2)):
+        names = [name for name, _ in make_model(vlm, variant=variant).named_parameters() if is_applied_to_heads(name)]
+        assert len(names) == number
+        assert all(partition_dim(name) is None for name in names)
+    assert sum(is_applied_to_heads(name) for name, _ in vlm.named_parameters()) == 8 * 2
+    assert not any(is_applied_to_heads(name) for name, _ in make_model(make_vlm(), variant="blend").named_parameters())
 
 
 def test_the_split_computes_the_same_projection():

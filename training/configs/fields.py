@@ -71,7 +71,7 @@ class VlmConfig:
     """The vision-language model.
 
     Args:
-        path: folder or hub id of a Qwen2-VL or Qwen2.5-VL checkpoint; null builds the tiny VLM.
+        path: folder or hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint; null builds the tiny VLM.
         tiny: sizes of the tiny VLM.
         context_cache: with a frozen VLM, the prompts whose context is kept on the device: all; lru, the most recently used;
             none; auto, all if they fit into context_cache_gib, otherwise lru. Losses do not depend on it.

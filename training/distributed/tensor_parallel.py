@@ -3,7 +3,8 @@
 A layer's projections to heads and hidden units are split by outputs (ColumnParallelLinear), the projections back by inputs
 (RowParallelLinear, which sums the ranks' outputs). In between, each rank computes its own heads and units without communication.
 The input of a ColumnParallelLinear is identical on all ranks and receives its full gradient on all ranks. The same holds for
-parameters that are not split, which therefore stay bit-identical on all ranks without synchronisation.
+parameters that are not split, which therefore stay bit-identical on all ranks without synchronisation. Norms of single heads are
+the exception: each rank applies them to its own heads, and their gradients are added up.
 """
 
 import copy
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from latte_flow.model.latte_flow import LatteFlowModel
-from latte_flow.model.tensor_split import partition_dim, take_part
+from latte_flow.model.tensor_split import is_applied_to_heads, partition_dim, take_part
 
 with warnings.catch_warnings():
     # Each module warns that Transformer Engine and Apex, which are not used, are missing.
@@ -120,6 +121,16 @@ def _parts(module: nn.Module) -> dict[str, nn.Module]:
 def split_model(model: LatteFlowModel) -> None:
     """Reduce a network on the CPU, identical on all ranks, to this rank's part; parameter names do not change."""
     model.replace_linears(_parts(model))
+    for name, parameter in model.named_parameters():
+        if is_applied_to_heads(name):
+            parameter.register_hook(_sum_over_ranks)
+
+
+def _sum_over_ranks(gradient: Tensor) -> Tensor:
+    """Return the sum of a gradient over the tensor-parallel ranks, of which each has its own heads' part. Collective."""
+    total = gradient.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
+    return total
 
 
 def split_frozen(vlm: nn.Module) -> nn.Module:
