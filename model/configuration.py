@@ -137,6 +137,11 @@ class LatteFlowConfig(PretrainedConfig):
         self.timestep_experts()
         self.attention_spec()
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Return the configuration that was saved, except that the attention backend is chosen for this machine."""
+        return super().from_dict(config_dict | {"attention_backend": "auto"}, **kwargs)
+
     def to_dict(self) -> dict:
         """Return what is saved, without the local folder that the VLM was loaded from."""
         return without_local_paths(super().to_dict())
@@ -213,7 +218,6 @@ def load_network_config(folder: Path) -> LatteFlowConfig:
         kind = settings.get("model_type")
         if kind != LatteFlowConfig.model_type:
             raise ValueError(f"describes a {kind} model; accepted: {LatteFlowConfig.model_type}")
-        # The attention backend is chosen for this machine.
-        return LatteFlowConfig.from_dict(settings | {"attention_backend": "auto"})
+        return LatteFlowConfig.from_dict(settings)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from error

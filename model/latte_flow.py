@@ -26,7 +26,7 @@ from latte_flow.model.configuration import LatteFlowConfig, load_network_config
 from latte_flow.model.context import Context, as_key_values, encode_context, select_prompts
 from latte_flow.model.files import locate
 from latte_flow.model.generation_layer import GenerationLayer, set_initial_std
-from latte_flow.model.position import rotary_2d
+from latte_flow.model.position import float32_positions, rotary_2d
 
 
 class ImageIO(nn.Module):
@@ -200,7 +200,14 @@ class LatteFlowModel(PreTrainedModel):
 
         Returns:
             v, [B, C, H, W].
+
+        Raises:
+            ValueError: when K does not divide B, or a Couple model is given no context.
         """
+        if len(noisy_latents) % self.experts.num_groups:
+            raise ValueError(
+                f"noisy_latents: got {len(noisy_latents)}; accepted: a multiple of num_groups {self.experts.num_groups}"
+            )
         if context is None:
             assert prompt_inputs is not None, "a batch comes with its context, or with the tokens of its prompts"
             prompt_inputs, context_rows = select_prompts(prompt_inputs, context_rows)
@@ -364,14 +371,9 @@ class LatteFlowModel(PreTrainedModel):
                     buffer.copy_(value)
 
     def _apply(self, fn, recurse: bool = True):
-        """Move or cast the model, but keep rotary frequencies in float32: in bf16 they are off by 0.4 % and positions drift."""
-        rotaries: list[Any] = [m for m in self.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
-        kept = [(m, m.inv_freq, m.original_inv_freq) for m in rotaries if m.inv_freq.device.type != "meta"]
-        super()._apply(fn, recurse)
-        for module, inv_freq, original_inv_freq in kept:
-            module.inv_freq = inv_freq.to(module.inv_freq.device)
-            module.original_inv_freq = original_inv_freq.to(module.original_inv_freq.device)
-        return self
+        """Move or cast the model, but see ``float32_positions``."""
+        with float32_positions(self):
+            return super()._apply(fn, recurse)
 
 
 def _widest_dtype(folder: Path) -> torch.dtype:

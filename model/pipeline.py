@@ -23,6 +23,7 @@ from latte_flow.model.context import Context, encode_context, message_ids, token
 from latte_flow.model.files import copy_settings, locate
 from latte_flow.model.images import to_uint8
 from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.model.position import float32_positions
 from latte_flow.model.sampling import image_seeds, initial_noise, sample_latents
 from latte_flow.model.settings import MAX_CHARACTERS, PromptSettings, locate_saved, portable_path, read_settings
 
@@ -96,6 +97,11 @@ class LatteFlowPipeline(DiffusionPipeline):
         }
         read_settings(PromptSettings, settings)
         self.register_to_config(**settings)
+
+    def to(self, *args, **kwargs) -> "LatteFlowPipeline":
+        """Move or cast the components as diffusers does; positions stay in float32 (``model.position.float32_positions``)."""
+        with float32_positions(self.vlm or self.model):
+            return super().to(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """Save as diffusers does: model_index.json and a folder a component; a VLM that has a path of its own by reference.

@@ -7,8 +7,14 @@ one and the language model's multimodal RoPE, are applied by the same function.
 Shapes: N = height * width image tokens in row-major order, E head_dim.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+POSITION_BUFFERS = ("inv_freq", "original_inv_freq", "image_cos", "image_sin")
+"""Buffers that positions are computed from: transformers' rotary frequencies, and LatteFlowModel's cosines and sines."""
 
 
 def rotary_2d(height: int, width: int, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -27,3 +33,20 @@ def rotary_2d(height: int, width: int, head_dim: int, theta: float = 10000.0) ->
     angles = torch.cat([axis.reshape(-1, 1) * frequencies for axis in (row, column)], dim=-1)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().float(), angles.sin().float()
+
+
+@contextmanager
+def float32_positions(model: nn.Module) -> Iterator[None]:
+    """Keep what a model computes positions from in float32 while it is cast or moved to another device.
+
+    In bf16 the frequencies are off by 0.4 %: at position 1000 an angle is off by radians.
+    """
+    kept = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in POSITION_BUFFERS and buffer.device.type != "meta"
+    ]
+    yield
+    for module, name, buffer in kept:
+        setattr(module, name, buffer.to(module.get_buffer(name).device))

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 
 import pytest
 import torch
@@ -201,6 +202,11 @@ class TestTrainingForward:
             expected, _ = model.forward_group(x[part], tau[part], key_values, group)
             torch.testing.assert_close(velocity[part], expected, rtol=1e-5, atol=1e-5)
 
+    def test_a_batch_that_the_groups_do_not_share_equally_is_refused(self, vlm):
+        context = encode_context(vlm, text_prompts(), "generation")
+        with pytest.raises(ValueError, match="noisy_latents: got 6; accepted: a multiple of num_groups 4"):
+            make_model(vlm, num_groups=4)(noise(6), torch.ones(6), context=context, context_rows=torch.zeros(6).long())
+
     @pytest.mark.parametrize("group", range(4))
     def test_a_parts_loss_gives_no_gradient_to_other_groups(self, vlm, group):
         model = make_model(vlm, num_groups=4, group_io="per_group")
@@ -309,6 +315,17 @@ class TestSaveAndLoad:
         with torch.no_grad():
             velocities = [m(noise(4), torch.linspace(900, 9, 4), **arguments) for m in (model, loaded)]
         assert torch.equal(*velocities)
+
+    @pytest.mark.parametrize("load", [LatteFlowModel.from_pretrained, AutoModel.from_pretrained], ids=["own", "auto"])
+    def test_a_folder_that_says_flash_loads_where_there_is_none(self, small_vlm, load, tmp_path):
+        """A downloaded one too, whose path is a hub id: its configuration is read by transformers alone."""
+        make_model(small_vlm).save_pretrained(tmp_path)
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_backend": "flash"}))
+        assert load(tmp_path).config.attention_spec().backend == "reference"
+        assert LatteFlowConfig.from_pretrained(tmp_path).attention_spec().backend == "reference"
+        chosen = LatteFlowConfig.from_pretrained(tmp_path, attention_backend="sdpa")
+        assert chosen.attention_spec().backend == "sdpa"
 
     def test_a_weight_is_saved_once(self, small_vlm, tmp_path):
         model = make_model(small_vlm, variant="blend")
@@ -473,6 +490,30 @@ class TestPrecision:
         for module in model.modules():
             if hasattr(module, "inv_freq"):
                 assert module.inv_freq.dtype == torch.float32
+
+    @pytest.mark.parametrize("cast", [lambda m: m.bfloat16(), lambda m: m.half()], ids=["bfloat16", "half"])
+    @pytest.mark.parametrize("variant", ["couple", "blend"])
+    def test_positions_survive_a_cast_and_back(self, small_vlm, variant, cast):
+        model = make_model(small_vlm, variant=variant)
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        assert {"image_cos", "image_sin", "context_rotary.inv_freq"} <= before.keys()
+        after = dict(cast(model).float().named_buffers())
+        assert [name for name, buffer in before.items() if not torch.equal(buffer, after[name])] == []
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", None], ids=["vlm_config-bf16", "vlm_config-silent"])
+    @pytest.mark.parametrize("build", ["from_pretrained", "from_vlm", "float32"])
+    def test_a_blend_of_a_bfloat16_export_has_one_type(self, small_vlm, tmp_path, build, dtype):
+        """Whatever type its VLM's configuration remembers."""
+        vlm = copy.deepcopy(small_vlm).bfloat16()
+        vlm.config.dtype = dtype
+        model = LatteFlowModel.from_vlm(vlm, make_config(vlm, variant="blend"))
+        if build != "from_vlm":
+            model.bfloat16().save_pretrained(tmp_path)
+            model = LatteFlowModel.from_pretrained(tmp_path, **({"dtype": "float32"} if build == "float32" else {}))
+        expected = torch.bfloat16 if build == "from_pretrained" else torch.float32
+        assert {p.dtype for p in model.parameters()} == {expected}
+        rows = {"context_rows": torch.arange(4) % 3, "prompt_inputs": text_prompts()}
+        assert model(noise(4), torch.tensor([900.0, 600.0, 400.0, 100.0]), **rows).dtype == expected
 
     def test_bfloat16_is_close_to_float32(self, small_vlm):
         model = make_model(small_vlm, num_groups=1)

@@ -289,6 +289,22 @@ class TestCall:
         assert "drawing" in capsys.readouterr().err
         assert 0 < (bf16 - images).abs().max() < 0.5
 
+    def test_a_type_leaves_the_positions_of_prompts_and_pictures_exact(self, pipeline):
+        pipeline = copy.deepcopy(pipeline)
+
+        def positions():
+            """The frequencies of every network, and what the VLM's rotary embedding makes of positions 950 to 1000."""
+            networks = [m for m in (pipeline.model, pipeline.vlm) if m is not None]
+            buffers = [(n, b) for m in networks for n, b in m.named_buffers() if n.endswith(("inv_freq", "cos", "sin"))]
+            rotary = pipeline.backbone.model.language_model.rotary_emb
+            turned = rotary(torch.zeros(1), torch.arange(950, 1001).expand(3, 1, -1))
+            return [(n, b.clone()) for n, b in buffers] + list(zip(("cos", "sin"), turned, strict=True))
+
+        before, after = positions(), (pipeline.to(torch.bfloat16), positions())[1]
+        assert len(before) > 5
+        for (name, exact), (_, cast) in zip(before, after, strict=True):
+            assert torch.equal(exact, cast), name
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
