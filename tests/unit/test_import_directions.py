@@ -21,6 +21,7 @@ ORDER = (
     ("objectives",),
     ("monitor", "evaluation"),
     ("components", "run_folder", "run_lock", "initial_weights"),
+    ("doctor",),
     ("dry_run", "trainer"),
     ("main",),
 )
