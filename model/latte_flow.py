@@ -313,15 +313,15 @@ class LatteFlowModel(PreTrainedModel):
         """
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
-    def freeze_unreached_parameters(self) -> None:
-        """Freeze the parameters that the flow-matching loss does not reach, so that weight decay does not change them.
+    def unreached_parameters(self) -> set[str]:
+        """Return the names of the parameters that the velocity does not depend on: without a gradient, weight decay erodes them.
 
         For Blend that is the vision tower, the language model's final norm and head, and the last VLM layer's parts behind its
         input norm that the generation path does not share: no generation layer reads the VLM's output. A tied head is the token
-        embedding and stays trained.
+        embedding and is reached.
         """
         if self.config.variant != "blend":
-            return
+            return set()
         language_model = self.vlm.model.language_model
         last_vlm_layer = language_model.layers[-1]
         layers = [self.layer(index) for index in range(len(self.layers))]
@@ -333,9 +333,8 @@ class LatteFlowModel(PreTrainedModel):
             read = (last_vlm_layer.input_layernorm, last_vlm_layer.self_attn.k_proj, last_vlm_layer.self_attn.v_proj)
             reached |= {id(p) for m in read for p in m.parameters()}
         unread = (self.vlm.model.visual, language_model.norm, self.vlm.lm_head, last_vlm_layer)
-        for parameter in (p for module in unread for p in module.parameters()):
-            if id(parameter) not in reached:
-                parameter.requires_grad_(False)
+        unreached = {id(p) for module in unread for p in module.parameters()} - reached
+        return {name for name, parameter in self.named_parameters() if id(parameter) in unreached}
 
     def activated_parameters(self) -> int:
         """Count the parameters that one sampling step runs: one group's layers and its embeddings and head."""

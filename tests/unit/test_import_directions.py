@@ -18,9 +18,9 @@ ORDER = (
     ("data",),
     ("optimizer",),
     ("checkpoint",),
-    ("objectives",),
     ("monitor", "evaluation"),
     ("components", "run_folder", "run_lock", "initial_weights"),
+    ("objectives",),
     ("dry_run", "trainer"),
     ("main",),
 )
