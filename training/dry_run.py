@@ -51,15 +51,6 @@ class DryRun:
     seconds: float
 
 
-@dataclass(frozen=True)
-class StepCount:
-    """The cost of one micro-batch on one rank."""
-
-    forward_flops: float
-    flops: float
-    activations: int
-
-
 class SavedBytes:
     """Counts the bytes of distinct tensors that autograd keeps for the backward pass, excluding parameters."""
 
@@ -115,17 +106,17 @@ def dry_run(config: TrainingConfig, assumed: Assumptions) -> DryRun:
     parameters = count_parameters(model, vlm)
     _split_over_ranks(config.tensor_parallel, model, vlm)
     parts = MetaParts(config, components, model, vlm, layout, assumed)
-    counted = {name: kind.count(parts) for name, kind in kinds.items()}
-    memory, flops, operations = count_model_memory(config, model, layout), {}, 0.0
-    for name, counts in counted.items():
-        suffix = f", {name}" if len(counted) > 1 else ""
-        items, per_sample, own_operations = count_objective(config, model, counts, layout)
-        memory |= {label + suffix: value for label, value in items.items()}
-        flops |= {label + suffix: value for label, value in per_sample.items()}
-        operations += own_operations
+    memory, operations, notes = count_model_memory(config, model, layout), 0.0, []
+    flops: dict[str, float] = {}
+    for name, kind in kinds.items():
+        counts, suffix = kind.count(parts), f", {name}" if len(kinds) > 1 else ""
+        own_memory, own_flops, recurring = count_objective(config, model, counts, layout)
+        memory |= {label + suffix: value for label, value in own_memory.items()}
+        flops |= {label + suffix: value for label, value in own_flops.items()}
+        operations += recurring
+        notes += [counts.note] if counts.note else []
     rate = data_size * config.tensor_parallel * assumed.peak_tflops * 1e12 * assumed.utilisation
     seconds = operations * config.global_batch_size * config.max_steps / rate
-    notes = [counts.note for counts in counted.values() if counts.note]
     return DryRun(parameters, memory, flops, layout, notes, seconds)
 
 
@@ -176,39 +167,32 @@ def _linears_of_one_rank(network: nn.Module, tensor_parallel: int) -> dict[str, 
     return parts
 
 
-def count_step(model: LatteFlowModel, counts: Counts) -> StepCount:
-    """Run one micro-batch of an objective forward and backward and count its cost."""
-    with FlopCounterMode(display=False) as counter, SavedBytes(model) as saved:
-        loss = counts.losses().mean()
-        forward_flops, activations = counter.get_total_flops(), saved.total
-        loss.backward()
-    return StepCount(forward_flops, counter.get_total_flops(), activations)
-
-
 def count_objective(
     config: TrainingConfig, model: LatteFlowModel, counts: Counts, layout: BatchLayout
 ) -> tuple[dict[str, float], dict[str, float], float]:
-    """Return an objective's bytes on one rank, its operations, and the sum of those of every sample.
+    """Run one micro-batch of an objective forward and backward, and count its cost.
 
-    Operations are those of all tensor-parallel ranks; what is not split runs on each of them.
+    Returns:
+        Bytes on one rank; operations per sample of all tensor-parallel ranks, each of which runs what is not split; the sum of
+        those that recur in every step.
     """
-    step, ranks = count_step(model, counts), config.tensor_parallel
+    with FlopCounterMode(display=False) as counter, SavedBytes(model) as saved:
+        loss = counts.losses().mean()
+        forward, activations = counter.get_total_flops(), saved.total
+        loss.backward()
+    ranks = config.tensor_parallel
     per_sample = ranks / layout.micro_batch_size
-    flops = {"forward": step.forward_flops * per_sample, "forward and backward": step.flops * per_sample}
-    further = {label: value * ranks for label, value in counts.flops.items()}
+    recurring = {"forward and backward": counter.get_total_flops() * per_sample}
+    recurring |= {label: value * ranks for label, value in counts.flops.items()}
     once = {label: value * ranks for label, value in counts.flops_once.items()}
-    memory = {"activations kept for the backward pass": step.activations} | counts.memory
-    return memory, flops | further | once, flops["forward and backward"] + sum(further.values())
+    memory = {"activations kept for the backward pass": activations} | counts.memory
+    return memory, {"forward": forward * per_sample} | recurring | once, sum(recurring.values())
 
 
 def count_model_memory(config: TrainingConfig, model: LatteFlowModel, layout: BatchLayout) -> dict[str, float]:
     """Return the bytes of one rank for its part of the network and the optimizer; shards are over the ranks of the layout."""
-    zero, shards, width, trained = (
-        _zero_settings(config),
-        layout.world_size,
-        compute_dtype(config).itemsize,
-        _trained(model),
-    )
+    zero, shards = _zero_settings(config), layout.world_size
+    width, trained = compute_dtype(config).itemsize, _trained(model)
     return {
         "weights": sum(p.numel() for p in model.parameters()) * width / (shards if zero["stage"] == 3 else 1),
         "gradients": trained * width / (shards if zero["stage"] >= 2 else 1),

@@ -54,7 +54,7 @@ class FlowMatchingSamples(Samples):
         images: ImageDataset | LatentDataset,
         experts: TimestepExperts,
         *,
-        latent_shape: tuple[int, int, int],
+        latent_shape: tuple[int, ...],
         seed: int,
         condition_drop: float,
         null_row: int,
