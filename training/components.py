@@ -42,7 +42,6 @@ from latte_flow.training.data.datasets import load_image_dataset
 from latte_flow.training.data.images import ImageDataset
 from latte_flow.training.data.latents.dataset import LatentDataset
 from latte_flow.training.distributed.batch_layout import BatchLayout
-from latte_flow.training.distributed.collectives import print_once
 from latte_flow.training.distributed.ranks import Ranks
 from latte_flow.training.distributed.zero import mark_universal
 from latte_flow.training.errors import UserError, naming
