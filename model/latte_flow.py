@@ -319,15 +319,15 @@ class LatteFlowModel(PreTrainedModel):
         """
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
-    def freeze_unreached_parameters(self) -> None:
-        """Freeze the parameters that the flow-matching loss does not reach, so that weight decay does not change them.
+    def unreached_parameters(self) -> set[str]:
+        """Return the names of the parameters that the velocity does not depend on: without a gradient, weight decay erodes them.
 
         For Blend that is the vision tower, the language model's final norm and head, and the last VLM layer's parts behind its
         input norm that the generation path does not share: no generation layer reads the VLM's output. A tied head is the token
-        embedding and stays trained.
+        embedding and is reached.
         """
         if self.config.variant != "blend":
-            return
+            return set()
         backbone = self.config.backbone
         last_vlm_layer = backbone.decoder_layers(self.vlm)[-1]
         layers = [self.layer(index) for index in range(len(self.layers))]
@@ -339,9 +339,8 @@ class LatteFlowModel(PreTrainedModel):
         reached += [module for layer in layers for module in layer._shared.values()]
         kept = {id(p) for module in reached for p in module.parameters()}
         unread = [last_vlm_layer, *map(self.vlm.get_submodule, backbone.unread)]
-        for parameter in (p for module in unread for p in module.parameters()):
-            if id(parameter) not in kept:
-                parameter.requires_grad_(False)
+        unreached = {id(p) for module in unread for p in module.parameters()} - kept
+        return {name for name, parameter in self.named_parameters() if id(parameter) in unreached}
 
     def activated_parameters(self) -> int:
         """Count the parameters that one sampling step runs: one group's layers and its embeddings and head."""

@@ -249,7 +249,7 @@ def benchmark_train(size: str, batch_size: int, steps: int) -> list[dict]:
             shutil.rmtree(work)
         dist.destroy_process_group()
     assumed = Assumptions(gpus=measured["ranks"])
-    peak, flops = assumed.peak_tflops * 1e12, measured["predicted"].flops.forward_and_backward
+    peak, flops = assumed.peak_tflops * 1e12, measured["predicted"].flops["forward and backward"]
     rate = measured["samples_per_second"] * flops / measured["ranks"]
     on_gpu = torch.cuda.is_available()
     goal = UTILISATION_TARGET * peak * measured["ranks"] / flops if on_gpu else None
@@ -260,7 +260,7 @@ def benchmark_train(size: str, batch_size: int, steps: int) -> list[dict]:
         row("train/loss_of_the_last_steps", measured["loss"], "1", shapes),
     ]
     if on_gpu:
-        predicted = measured["predicted"].memory.total / 2**30
+        predicted = sum(measured["predicted"].memory.values()) / 2**30
         rows += [
             row(
                 "train/utilisation", rate / peak, f"of {assumed.peak_tflops} TFLOP/s", shapes, target=UTILISATION_TARGET
@@ -273,12 +273,18 @@ def benchmark_train(size: str, batch_size: int, steps: int) -> list[dict]:
 def _train(config: TrainingConfig, steps: int) -> dict:
     trainer = Trainer(config, launchers())
     batches = iter(
-        make_loader(trainer.samples, trainer.layout, first_step=0, last_step=steps, num_workers=config.data.num_workers)
+        make_loader(
+            trainer.objectives.samples,
+            trainer.layout,
+            first_step=0,
+            last_step=steps,
+            num_workers=config.data.num_workers,
+        )
     )
     warm_up = min(10, steps // 2)
     for _ in range(warm_up):
         trainer.train_step(batches, report_gradients=False)
-    trainer.meter.compute()
+    trainer.objectives.report()
     get_accelerator().synchronize()
     start = time.perf_counter()
     for _ in range(steps - warm_up):
@@ -290,7 +296,7 @@ def _train(config: TrainingConfig, steps: int) -> dict:
         "ranks": assumed.gpus,
         "samples_per_second": (steps - warm_up) * config.global_batch_size / elapsed,
         "peak_memory": get_accelerator().max_memory_allocated(),
-        "loss": trainer.meter.compute()["loss"],
+        "loss": trainer.objectives.report()["loss"],
         "predicted": dry_run(config, assumed),
     }
 

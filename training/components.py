@@ -30,17 +30,14 @@ from latte_flow.model.tensor_split import check_tensor_parallel
 from latte_flow.model.tiny_vlm import build_tiny_tokenizer, build_tiny_vlm, tiny_vlm_config
 from latte_flow.training.checkpoint.model_folder import PIPELINE_FILE, TOKENIZER_FOLDER, VLM_FOLDER, PipelineConfig
 from latte_flow.training.configs.fields import TrainingConfig
-from latte_flow.training.data.context_cache import ContextSource, PromptEncoder, open_context_source
 from latte_flow.training.data.datasets import load_image_dataset
 from latte_flow.training.data.images import ImageDataset
 from latte_flow.training.data.latents.dataset import LatentDataset
 from latte_flow.training.distributed.batch_layout import BatchLayout
-from latte_flow.training.distributed.collectives import print_once
 from latte_flow.training.distributed.ranks import Ranks
 from latte_flow.training.distributed.zero import mark_universal
 from latte_flow.training.errors import UserError, naming
 from latte_flow.training.initial_weights import InitialWeights
-from latte_flow.training.monitor.sample_grid import check_sampler, samples_per_rank
 
 BACKBONES = Path(__file__).parent / "configs" / "backbones"
 BUNDLED = {
@@ -153,39 +150,8 @@ def build_model(
     if initial is not None:
         initial.load(model)
     ranks.split_model(model)
-    model.freeze_unreached_parameters()
     mark_universal(model, ranks.tensor_size)
     return model
-
-
-def read_prompts(
-    config: TrainingConfig,
-    images: Images,
-    components: Components,
-    ranks: Ranks,
-    layout: BatchLayout,
-    device: torch.device,
-) -> tuple[ContextSource | None, dict[str, Tensor] | None]:
-    """Prepare the prompts of the data, with the null prompt last. Collective.
-
-    Returns:
-        (source of the prompts' context, None) for a frozen VLM; (None, the prompts' tokens) for a trained one.
-
-    Raises:
-        UserError: when the context of the prompts does not fit into the configured memory.
-    """
-    prompts, limit = [*images.prompts, config.data.null_prompt], config.data.max_prompt_tokens
-    messages = truncate_prompts(components.tokenizer, prompts, limit)
-    cut = sum(ours != whole for ours, whole in zip(messages, prompts, strict=True))
-    if cut:
-        print_once(f"data.max_prompt_tokens: {cut} of {len(prompts)} prompts are truncated to {limit} tokens")
-    if components.model_config.variant == "blend":
-        tokens = tokenize_prompts(components.tokenizer, messages)
-        return None, {name: tensor.to(device) for name, tensor in tokens.items()}
-    vlm, projection = ranks.split_frozen(components.vlm).to(device), components.model_config.context_projection
-    encoder = PromptEncoder(vlm, components.tokenizer, messages, projection, compute_dtype(config))
-    batch_prompts = max(layout.micro_batch_size, samples_per_rank(config.sample, ranks) + 1)
-    return open_context_source(config.vlm, encoder, batch_prompts=batch_prompts), None
 
 
 def describe_run(model: LatteFlowModel, images: Images, ranks: Ranks, layout: BatchLayout) -> str:
@@ -266,8 +232,6 @@ def _make_model_config(config: TrainingConfig, vlm_config: PretrainedConfig, cod
         **asdict(config.model),
     )
     check_tensor_parallel(model_config.text_config, config.tensor_parallel)
-    with naming("sample"):
-        check_sampler(config.sample, model_config)
     if model_config.attention_spec().backend == "flash" and config.precision != "bf16":
         raise UserError(
             f"model.attention_backend: flash requires precision bf16, not {config.precision}; accepted: reference, sdpa"

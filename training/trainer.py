@@ -16,23 +16,15 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from latte_flow.model.flow_matching import flow_matching_loss, interpolate
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.training.checkpoint.manifest import CHECKPOINTS_FOLDER, step_name
 from latte_flow.training.checkpoint.store import CheckpointStore
-from latte_flow.training.components import (
-    Components,
-    Images,
-    build_components,
-    build_model,
-    describe_run,
-    read_prompts,
-)
+from latte_flow.training.components import build_components, build_model, describe_run
 from latte_flow.training.configs.deepspeed import load_deepspeed_config
 from latte_flow.training.configs.fields import TrainingConfig
 from latte_flow.training.configs.saved import to_yaml
 from latte_flow.training.data.datasets import load_image_dataset
-from latte_flow.training.data.loader import make_loader
+from latte_flow.training.data.loader import Batch, make_loader
 from latte_flow.training.data.record import DataRecord
 from latte_flow.training.distributed.batch_layout import make_batch_layout
 from latte_flow.training.distributed.collectives import agree, print_once
@@ -41,13 +33,12 @@ from latte_flow.training.errors import UserError
 from latte_flow.training.initial_weights import find_initial_weights
 from latte_flow.training.monitor.health import StepHealth
 from latte_flow.training.monitor.logs import failed_logs
-from latte_flow.training.monitor.metrics import LossMeter, MetricsWriter, expert_gradient_norms
+from latte_flow.training.monitor.metrics import MetricsWriter, labelled_gradient_norms
 from latte_flow.training.monitor.preemption import StopRequest
 from latte_flow.training.monitor.progress import progress_bar
-from latte_flow.training.monitor.sample_grid import SampleGrid
 from latte_flow.training.monitor.stragglers import RankTimer
 from latte_flow.training.monitor.watchdog import PHASES, Watchdog
-from latte_flow.training.objectives.flow_matching import Batch, FlowMatchingSamples
+from latte_flow.training.objectives.base import Objectives, RunParts, find_objectives, freeze_unreached, join_rows
 from latte_flow.training.optimizer import build_optimizer, learning_rate
 from latte_flow.training.run_folder import (
     DATA_FILE,
@@ -95,6 +86,7 @@ class Trainer:
     def _build(self, launchers: list[tuple[int, int]]) -> None:
         """Build the run, in the same order on all ranks. From here on this run has exclusive use of the output_dir."""
         config = self.config
+        kinds = find_objectives(config)
         check_output_dir(config)
         config.run_id = agree(find_run_id(config) if self.rank == 0 else None)
         self.origin, initial = find_origin(config), find_initial_weights(config)
@@ -106,20 +98,15 @@ class Trainer:
         check_files(config, data_record, own=True)
         components = build_components(config, images, components_folder(config, self.origin or initial))
         check_files(config, data_record, own=False)
-        self.layout = make_batch_layout(
-            config,
-            num_groups=components.model_config.num_groups,
-            world_size=self.ranks.data_size,
-            rank=self.ranks.data_rank,
-        )
+        self.layout = make_batch_layout(config, world_size=self.ranks.data_size, rank=self.ranks.data_rank)
+        for kind in kinds.values():
+            kind.check(config, components.model_config, self.layout)
         ds_config = load_deepspeed_config(config, self.layout)
         model = build_model(config, components, self.ranks, initial)
+        freeze_unreached(model, kinds.values())
         optimizer = build_optimizer(model, config.optimizer)
         self.group_labels = [group["name"] for group in optimizer.param_groups]
-        self.codec = components.codec.to(self.device)
-        self.contexts, self.prompt_inputs = read_prompts(
-            config, images, components, self.ranks, self.layout, self.device
-        )
+        self.objectives = Objectives(RunParts(config, images, components, self.ranks, self.layout, self.device))
         dist.barrier()  # no rank writes before all have read the run's files
         if self.rank == 0:
             write_components(config, components, model)
@@ -127,34 +114,17 @@ class Trainer:
         if initial is not None:
             initial.write_master_weights(self.engine)
         self.model: LatteFlowModel = self.engine.module
-        self.samples = self._make_samples(images, components)
-        self._make_monitors(len(images.prompts))
+        self._make_monitors()
         self.step = self._resume(data_record)
         if self.rank == 0:
             record_start(config, data_record, self.step)
-        self.writer = MetricsWriter(self.output_dir, self.step) if self.rank == 0 else None
+        self.writer = MetricsWriter(self.output_dir, self.step, self.objectives.cards) if self.rank == 0 else None
         print_once(describe_run(self.model, images, self.ranks, self.layout))
 
-    def _make_samples(self, images: Images, components: Components) -> FlowMatchingSamples:
-        config, model_config = self.config, components.model_config
-        height, width = model_config.latent_size
-        return FlowMatchingSamples(
-            images,
-            model_config.timestep_experts(),
-            latent_shape=(model_config.latent_channels, height, width),
-            seed=config.seed,
-            condition_drop=config.data.condition_drop,
-            null_row=len(images.prompts),
-            horizontal_flip=config.data.horizontal_flip,
-            groups_per_sample=config.groups_per_sample,
-        )
-
-    def _make_monitors(self, num_prompts: int) -> None:
-        """Create what monitors the training: sample grid, losses, health, timers, watchdog; and checkpoints. Collective."""
-        config, group = self.config, self.ranks.data_group
-        self.grid = SampleGrid(config.sample, self.codec, self.contexts, self.prompt_inputs, num_prompts, self.ranks)
-        self.meter = LossMeter(self.model.experts.num_groups, config.logging.timestep_bins, self.device, group)
-        self.health = StepHealth(config.health, config.global_batch_size, group)
+    def _make_monitors(self) -> None:
+        """Create what monitors the training: health, timers, watchdog; and checkpoints. Collective."""
+        config = self.config
+        self.health = StepHealth(config.health, config.global_batch_size, self.ranks.data_group)
         self.timer = RankTimer(self.device)
         self.watchdog = Watchdog(config.health.hang_minutes * 60)
         self.checkpoints = CheckpointStore(
@@ -171,7 +141,7 @@ class Trainer:
         if path is not None:
             print_once(f"resumed from {path}")
             state = self.checkpoints.load(self.engine, path)
-            self.meter.load_state_dict(state["meter"])
+            self.objectives.meter.load_state_dict(state["meter"])
             if "health" in state:  # missing in checkpoints of older versions
                 self.health.load_state_dict(state["health"])
             if self.rank == 0:
@@ -185,7 +155,7 @@ class Trainer:
         return self.checkpoints.load(self.engine, path, same_run=False)["step"]
 
     def train(self) -> bool:
-        """Train up to ``max_steps``; the last step writes a checkpoint and a sample grid.
+        """Train up to ``max_steps``; the last step writes a checkpoint and draws samples.
 
         Returns:
             False when the run was stopped before that, with a checkpoint to resume from.
@@ -209,7 +179,8 @@ class Trainer:
                     progress.set_postfix(loss=f"{self._log(gradient_norms):.4f}")
                 draws = self._is_due(config.sample.every, self.step)
                 if draws:
-                    self._draw_samples()
+                    self._enter("sampling")
+                    self.objectives.draw(self.engine, self.writer, self.step)
                 self._enter("after the step")
                 stopped = self.step < config.max_steps and self.stop.poll(wait=draws)
                 self._save_if_due(stopped)
@@ -220,10 +191,12 @@ class Trainer:
         self._finish(stopped)
         return not stopped
 
-    def _make_batches(self) -> Iterator[Batch]:
-        """Return this rank's micro-batches up to the last step."""
+    def _make_batches(self) -> Iterator[dict[str, Batch]]:
+        """Return this rank's micro-batches of every objective up to the last step."""
         steps = {"first_step": self.step, "last_step": self.config.max_steps}
-        return iter(make_loader(self.samples, self.layout, **steps, num_workers=self.config.data.num_workers))
+        return iter(
+            make_loader(self.objectives.samples, self.layout, **steps, num_workers=self.config.data.num_workers)
+        )
 
     def _make_progress_bar(self) -> tqdm:
         return progress_bar(
@@ -247,12 +220,12 @@ class Trainer:
         if stopped:
             print_once(f"stopped at step {self.step} with a checkpoint; the same command resumes the run")
 
-    def train_step(self, batches: Iterator[Batch], *, report_gradients: bool) -> dict[str, Tensor]:
+    def train_step(self, batches: Iterator[dict[str, Batch]], *, report_gradients: bool) -> dict[str, Tensor]:
         """Run one optimizer step: all micro-batches forward and backward, then the update.
 
         Args:
-            batches: iterator of this rank's micro-batches.
-            report_gradients: whether to measure the gradient norms of the experts.
+            batches: iterator of this rank's micro-batches, objective -> batch.
+            report_gradients: whether to measure gradient norms.
 
         Returns:
             Gradient norm before clipping per parameter group label; empty unless requested, or if the step was skipped.
@@ -263,26 +236,24 @@ class Trainer:
         for micro_step in range(self.layout.accumulation_steps):
             self._enter("data", micro_step)
             with self.timer.on_host():
-                batch = next(batches).to(self.device)
+                batch = {name: part.to(self.device) for name, part in next(batches).items()}
             self._enter("forward", micro_step)
             with self.timer.on_device():
-                losses = self.compute_losses(batch)
+                loss, rows = self.objectives.compute_losses(self.engine, batch)
             self._enter("backward", micro_step)
-            self.engine.backward(losses.mean())
-            trained.append((losses.detach(), batch.groups, batch.timesteps, batch.sample_indices))
+            self.engine.backward(loss)
+            trained.append(rows)
             if report_gradients and micro_step == self.layout.accumulation_steps - 1:
-                norms = expert_gradient_norms(self.engine, self.group_labels)
+                norms = labelled_gradient_norms(self.engine, self.group_labels)
             self._enter("optimizer step", micro_step)
             self.engine.step()
         self.step += 1
-        losses = torch.cat([losses for losses, *_ in trained])
+        rows = join_rows(trained)
         if self.engine.skipped_steps > skipped_before:  # the same on all ranks: DeepSpeed reduces it
-            entry = self.health.step_skipped(self.step, losses, torch.cat([indices for *_, indices in trained]))
+            entry = self.health.step_skipped(self.step, self.objectives.losses_by_metric(rows))
             print_once(f"step {self.step} skipped because its loss or gradient is not finite: {entry}")
             return {}
-        for losses_of_rows, groups, timesteps, _ in trained:
-            self.meter.update(losses_of_rows, groups, timesteps)
-        self.health.step_done(self.step, losses)
+        self.health.step_done(self.step, self.objectives.record(rows))
         return norms
 
     def _end_if_all_are_skipped(self) -> None:
@@ -309,34 +280,12 @@ class Trainer:
             "--data.allow_changed true), or another output_dir with --resume CHECKPOINT and a smaller optimizer.lr"
         )
 
-    def compute_losses(self, batch: Batch) -> Tensor:
-        """Return the flow-matching loss of each row of a batch, [rows] (paper Eq. 1)."""
-        with torch.no_grad():
-            latents = batch.latents
-            if latents is None:
-                assert batch.images is not None, "a batch holds images or latents"
-                latents = self.codec.encode(batch.images)
-            data = latents.float()[batch.image_rows]
-        noisy = interpolate(data, batch.noise, batch.timesteps)
-        context, rows = None, batch.context_rows
-        if self.contexts is not None:
-            context, rows = self.contexts.lookup(rows)
-        velocity = self.engine(
-            noisy,
-            batch.timesteps,
-            context=context,
-            context_rows=rows.to(self.device, non_blocking=True),
-            prompt_inputs=self.prompt_inputs,
-        )
-        return flow_matching_loss(velocity, data, batch.noise)
-
     def _log(self, gradient_norms: dict[str, Tensor]) -> float:
         """Log the steps since the last report and return their mean loss. Collective."""
         self._enter("logging")
-        losses = self.meter.compute()
+        losses = self.objectives.report()
         health = self.health.report()
-        with torch.no_grad():  # on all ranks: under ZeRO-3 running a module gathers its weights, a collective
-            gates = self.ranks.gather_heads(self.model.gate_values(torch.linspace(1000, 0, 21, device=self.device)))
+        self.objectives.log(self.engine, self.writer, self.step)
         now = time.perf_counter()
         steps, seconds = self.step - self._logged_step, now - self._logged_time
         self._logged_step, self._logged_time = self.step, now
@@ -360,15 +309,7 @@ class Trainer:
             }
             metrics |= {f"grad_norm_{label}": float(norm) for label, norm in gradient_norms.items()}
             self.writer.scalars(self.step, metrics)
-            self.writer.gates(self.step, gates)
         return losses["loss"]
-
-    def _draw_samples(self) -> None:
-        """Draw the sample grid and write it to samples/ and TensorBoard. Collective."""
-        self._enter("sampling")
-        grid = self.grid.draw(self.engine)
-        if self.writer:
-            self.writer.grid(self.step, grid)
 
     def _save_if_due(self, stopped: bool) -> None:
         """Save a checkpoint if one is due or the run ends; the one at the end must succeed. Collective.
@@ -397,7 +338,11 @@ class Trainer:
             return
         # Skipped steps left the weights unchanged; only counters moved.
         self._move_counters(-count)
-        state = {"step": step, "meter": self.meter.state_dict(), "health": self.health.state_dict(forget_skipped=count)}
+        state = {
+            "step": step,
+            "meter": self.objectives.meter.state_dict(),
+            "health": self.health.state_dict(forget_skipped=count),
+        }
         self.checkpoints.save(self.engine, step, state)
         self._move_counters(count)
 

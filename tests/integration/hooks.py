@@ -18,21 +18,28 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from latte_flow.training import run_folder, trainer
 from latte_flow.training.checkpoint import opening
 from latte_flow.training.checkpoint.model_folder import VLM_FOLDER
+from latte_flow.training.objectives.flow_matching import FlowMatching
 from latte_flow.training.trainer import Trainer
+from tests.unit.test_extending import example
 
 
 def record_batches() -> None:
     """Save every micro-batch that is trained, its step and its losses, as rank_R.pt: a list of dicts."""
-    compute_losses, seen = Trainer.compute_losses, []
+    compute_losses, train_step, seen, step = FlowMatching.compute_losses, Trainer.train_step, [], 0
 
-    def recording(self, batch):
-        losses = compute_losses(self, batch)
+    def recording(self, engine, batch):
+        losses = compute_losses(self, engine, batch)
         fields = {name: value for name, value in vars(batch).items() if value is not None}
-        seen.append({"step": self.step + 1, "losses": losses.detach(), **fields})
-        torch.save(seen, Path(os.environ["HOOK_DIR"]) / f"rank_{self.rank}.pt")
+        seen.append({"step": step, "losses": losses.detach(), **fields})
+        torch.save(seen, Path(os.environ["HOOK_DIR"]) / f"rank_{os.environ['RANK']}.pt")
         return losses
 
-    Trainer.compute_losses = recording
+    def counting(self, *args, **kwargs):
+        nonlocal step
+        step = self.step + 1
+        return train_step(self, *args, **kwargs)
+
+    FlowMatching.compute_losses, Trainer.train_step = recording, counting
 
 
 def watch_vlm() -> None:
@@ -80,7 +87,7 @@ def die_while_starting() -> None:
 
 
 def measure_memory() -> None:
-    """Save the bytes that a rank holds after each step, by item of dry_run.Memory, as memory_R.json."""
+    """Save the bytes that a rank holds after each step, by label of the dry run, as memory_R.json."""
     train_step = Trainer.train_step
 
     def measuring(self, *args, **kwargs):
@@ -89,8 +96,10 @@ def measure_memory() -> None:
         states = [t for state in optimizer.optimizer.state.values() for t in state.values() if t.numel() > 1]
         held = {
             "weights": sum(p.nbytes for p in self.model.parameters()),
-            "optimizer": sum(t.nbytes for t in (*optimizer.single_partition_of_fp32_groups, *states)),
-            "context_cache": self.contexts.context.num_bytes,
+            "optimizer (master weights, moments, average)": sum(
+                t.nbytes for t in (*optimizer.single_partition_of_fp32_groups, *states)
+            ),
+            "context cache": self.objectives.parts["flow_matching"].contexts.context.num_bytes,
         }
         (Path(os.environ["HOOK_DIR"]) / f"memory_{self.rank}.json").write_text(json.dumps(held))
         return norms
@@ -177,15 +186,15 @@ def dump_state() -> None:
 def poison() -> None:
     """Make the losses of some samples not finite: POISON holds first and last global indices, "70 71 230 230"."""
     numbers = list(map(int, os.environ["POISON"].split()))
-    compute_losses = Trainer.compute_losses
+    compute_losses = FlowMatching.compute_losses
 
-    def poisoned(self, batch):
+    def poisoned(self, engine, batch):
         hit = torch.zeros_like(batch.sample_indices, dtype=torch.bool)
         for first, last in zip(numbers[::2], numbers[1::2], strict=True):
             hit |= (batch.sample_indices >= first) & (batch.sample_indices <= last)
-        return compute_losses(self, batch) * torch.where(hit, torch.nan, 1.0)
+        return compute_losses(self, engine, batch) * torch.where(hit, torch.nan, 1.0)
 
-    Trainer.compute_losses = poisoned
+    FlowMatching.compute_losses = poisoned
 
 
 def hang_in_step() -> None:
@@ -233,3 +242,8 @@ def cut_off_a_file() -> None:
         return norms
 
     Trainer.train_step = cutting
+
+
+def add_an_objective() -> None:
+    """Register the objective ``unit_scale`` of docs/extending.md, as a script that imports it does."""
+    exec(example("Objective"), {"__name__": "example"})

@@ -218,13 +218,15 @@ import json, sys, deepspeed, torch
 from pathlib import Path
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.training.objectives.base import freeze_unreached
+from latte_flow.training.objectives.flow_matching import FlowMatching
 from latte_flow.training.optimizer import parameter_groups
 
 folder, stage, output = sys.argv[1:]
 vars(sys.modules["deepspeed.comm.torch"])["build_shm_op"] = lambda: None  # compiles an operator for a minute, which is not used
 deepspeed.init_distributed("gloo")
 model = LatteFlowModel(LatteFlowModel.config_class.from_pretrained(folder))
-model.freeze_unreached_parameters()
+freeze_unreached(model, [FlowMatching])
 config = {
     "train_batch_size": 2, "zero_optimization": {"stage": int(stage)}, "zero_allow_untested_optimizer": True,
     "checkpoint": {"load_universal": True},

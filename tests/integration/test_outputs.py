@@ -54,7 +54,7 @@ def test_the_saved_configuration_is_the_whole_run(two_ranks):
 def test_a_run_holds_the_bytes_that_its_dry_run_counts(command, ranks, precision):
     """All that lasts from step to step; what autograd keeps is measured in tests/unit/test_dry_run.py."""
     run = command.train(ranks=ranks, precision=precision, max_steps=2, sample__every=0, hooks=("measure_memory",))
-    counted = vars(dry_run(load_config(run.output_dir / "config.yaml"), Assumptions(gpus=ranks)).memory)
+    counted = dry_run(load_config(run.output_dir / "config.yaml"), Assumptions(gpus=ranks)).memory
     for rank in range(ranks):
         held = json.loads((run.hook_dir / f"memory_{rank}.json").read_text())
         assert held.keys() <= counted.keys()

@@ -281,7 +281,7 @@ def test_a_rank_holds_the_bytes_that_the_dry_run_counts(command, fields):
     result = dry_run(config, Assumptions(gpus=4))
     for rank in range(4):
         held = json.loads((run.hook_dir / f"memory_{rank}.json").read_text())
-        assert held == pytest.approx({name: getattr(result.memory, name) for name in held}, rel=2e-3)
+        assert held == pytest.approx({name: result.memory[name] for name in held}, rel=2e-3)
     assert "4 GPUs, tensor_parallel 2" in format_table(config, result, Assumptions(gpus=4))
     with pytest.raises(UserError, match="tensor_parallel: 2 does not divide the 3 ranks; accepted: 1, 3"):
         dry_run(config, Assumptions(gpus=3))

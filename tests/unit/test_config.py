@@ -7,6 +7,8 @@ import inspect
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -30,6 +32,8 @@ from latte_flow.training.configs.parser import DEFAULT_CONFIG, make_parser, pars
 from latte_flow.training.configs.saved import differences, load_config, save_config, to_yaml
 from latte_flow.training.distributed.batch_layout import BatchLayout, make_batch_layout
 from latte_flow.training.errors import UserError
+from latte_flow.training.objectives.base import find_objectives
+from latte_flow.training.objectives.flow_matching import FlowMatching
 
 PRESETS = sorted(Path(latte_flow.training.configs.fields.__file__).parent.glob("*.yaml"))
 REPOSITORY = Path(latte_flow.training.configs.fields.__file__).parents[2]
@@ -172,7 +176,8 @@ class TestHelp:
         monkeypatch.setenv("COLUMNS", "2000")  # an entry a line
         text = make_parser().format_help()
         for path in FIELDS:
-            option = rf"^  --{re.escape('.'.join(path))} .*?(\n {{20,}}| {{2,}})"
+            name = ".".join(path[:1] if path[0] == "objectives" else path)
+            option = rf"^  --{re.escape(name)} .*?(\n {{20,}}| {{2,}})"
             assert re.search(option + r"[\w`].* \(type: .*, default: .*\)$", text, re.MULTILINE), path
 
     def test_the_defaults_are_those_of_a_bare_run(self):
@@ -400,7 +405,10 @@ class TestDifferences:
         target = current
         for key in path[:-1]:
             target = getattr(target, key)
-        setattr(target, path[-1], new)
+        if isinstance(target, dict):
+            target[path[-1]] = new
+        else:
+            setattr(target, path[-1], new)
         name = ".".join(path)
         if name.startswith(self.MAY_CHANGE):
             assert differences(saved, current) == []
@@ -430,8 +438,40 @@ class TestPresets:
 
     def test_its_deepspeed_file_is_there(self, preset):
         config = parse_config(["--config", str(preset)])
-        layout = make_batch_layout(config, num_groups=config.model.num_groups, world_size=1, rank=0)
+        layout = checked_layout(config, config.model.num_groups)
         assert load_deepspeed_config(config, layout)["train_batch_size"] == config.global_batch_size
+
+
+class TestObjectives:
+    def test_names_with_their_weights(self, tmp_path):
+        file = write(tmp_path, {"objectives": {"flow_matching": 1, "one": 0.5}})
+        assert parse_config(["--config", file]).objectives == {"flow_matching": 1.0, "one": 0.5}
+        assert parse_config(["--objectives", '{"one": 2}']).objectives == {"one": 2.0}
+        assert parse_config(["--objectives.one", "2e-1"]).objectives == {"one": 0.2}
+        config = parse_config(["--config", file])
+        save_config(config, tmp_path / "saved.yaml")
+        assert load_config(tmp_path / "saved.yaml") == config
+
+    @pytest.mark.parametrize("value", ["{}", "{flow_matching: 0}", "{one: -1}", "{one: .nan}", "{one: .inf}", "one"])
+    def test_an_invalid_weight_is_refused(self, value):
+        with pytest.raises(UserError, match=r"objectives.*(accepted|Expected)"):
+            parse_config(["--objectives", value])
+
+    def test_an_unknown_one_is_named_with_those_that_exist(self):
+        with pytest.raises(UserError, match="objectives: 'diffusion' is unknown; accepted values: flow_matching"):
+            find_objectives(parse_config(["--objectives", "{diffusion: 1}"]))
+
+    def test_one_more_or_another_weight_is_another_run(self):
+        one, two = (parse_config(["--objectives", text]) for text in ("{flow_matching: 1}", "{flow_matching: 1, b: 1}"))
+        assert differences(one, two) == ["objectives.b: the run has None, this command 1.0"]
+
+
+def checked_layout(config: TrainingConfig, num_groups: int, world_size: int = 1) -> BatchLayout:
+    """Return the layout of a run of flow matching without sample grids, whose network has these groups."""
+    layout = make_batch_layout(config, world_size=world_size, rank=0)
+    with patch.object(config.sample, "every", 0):
+        FlowMatching.check(config, SimpleNamespace(num_groups=num_groups), layout)
+    return layout
 
 
 def batch_config(**changes) -> TrainingConfig:
@@ -444,7 +484,7 @@ class TestBatchLayout:
         [(1, None, 64, 1), (4, None, 16, 1), (2, 8, 8, 4), (1, 64, 64, 1), (8, 8, 8, 1)],
     )
     def test_micro_batches(self, world_size, micro, expected_micro, accumulation):
-        layout = make_batch_layout(batch_config(micro_batch_size=micro), num_groups=4, world_size=world_size, rank=0)
+        layout = checked_layout(batch_config(micro_batch_size=micro), 4, world_size)
         assert (layout.micro_batch_size, layout.accumulation_steps) == (expected_micro, accumulation)
 
     @pytest.mark.parametrize(
@@ -468,13 +508,11 @@ class TestBatchLayout:
     )
     def test_what_cannot_be_split_is_refused(self, world_size, micro, num_groups, message):
         with pytest.raises(UserError, match=message):
-            make_batch_layout(
-                batch_config(micro_batch_size=micro), num_groups=num_groups, world_size=world_size, rank=0
-            )
+            checked_layout(batch_config(micro_batch_size=micro), num_groups, world_size)
 
     def test_every_group_on_every_sample_needs_no_multiple(self):
         config = batch_config(micro_batch_size=2, groups_per_sample="all")
-        assert make_batch_layout(config, num_groups=4, world_size=1, rank=0).accumulation_steps == 32
+        assert checked_layout(config, 4).accumulation_steps == 32
 
 
 class TestDeepSpeedFile:

@@ -20,7 +20,7 @@ from latte_flow.training.data.datasets import ImageDataset, digits_split, load_i
 from latte_flow.training.data.loader import MicroBatchSampler, make_loader
 from latte_flow.training.distributed.batch_layout import BatchLayout
 from latte_flow.training.errors import UserError
-from latte_flow.training.objectives.flow_matching import Batch, FlowMatchingSamples
+from latte_flow.training.objectives.flow_matching import FlowMatchingBatch, FlowMatchingSamples
 
 EMOJI = Path(__file__).parents[3] / "shared" / "data" / "emoji64"
 NUM_IMAGES, NUM_GROUPS, NULL_ROW = 23, 4, 3
@@ -53,7 +53,7 @@ def make_samples(**changes) -> FlowMatchingSamples:
     return FlowMatchingSamples(**(fields | changes))
 
 
-def rows_of(batch: Batch) -> dict[tuple[int, int], tuple]:
+def rows_of(batch: FlowMatchingBatch) -> dict[tuple[int, int], tuple]:
     """(global sample index, group) -> everything the row holds."""
     images = batch.images[batch.image_rows]
     keys = zip(batch.sample_indices.tolist(), batch.groups.tolist(), strict=True)

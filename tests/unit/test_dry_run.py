@@ -18,6 +18,8 @@ from latte_flow.training.data.datasets import load_image_dataset
 from latte_flow.training.distributed.batch_layout import make_batch_layout
 from latte_flow.training.dry_run import dry_run, format_table
 from latte_flow.training.errors import UserError
+from latte_flow.training.objectives.base import freeze_unreached
+from latte_flow.training.objectives.flow_matching import FlowMatching
 
 PAPER = [
     "--config=training/configs/digits.yaml",
@@ -39,20 +41,20 @@ def paper_run():
 
 def test_operations_at_paper_size_are_those_of_the_paper_notes(paper_run):
     """paper.md section 9: 42.4 G a forward of 7 layers, 127 G with backward, 521 G for DC-AE's encoder, 41.9 G a context pass."""
-    assert paper_run.flops.forward == pytest.approx(42.4e9, rel=0.02)
-    assert paper_run.flops.forward_and_backward == pytest.approx(127e9, rel=0.02)
-    assert paper_run.flops.encoding == pytest.approx(521e9, rel=0.01)
-    assert paper_run.flops.context / 1001 == pytest.approx(41.9e9, rel=0.02)
+    assert paper_run.flops["forward"] == pytest.approx(42.4e9, rel=0.02)
+    assert paper_run.flops["forward and backward"] == pytest.approx(127e9, rel=0.02)
+    assert paper_run.flops["encoding the image"] == pytest.approx(521e9, rel=0.01)
+    assert paper_run.flops["context of all prompts, once per run"] / 1001 == pytest.approx(41.9e9, rel=0.02)
 
 
 def test_memory_at_paper_size_follows_the_sharding_arithmetic(paper_run):
     """ZeRO-2 on 8 ranks: bf16 weights whole; gradients and 16 bytes a parameter of optimizer state an eighth each."""
-    trained = paper_run.parameters.trained
-    assert paper_run.memory.weights == 2 * trained
-    assert paper_run.memory.gradients == pytest.approx(2 * trained / 8)
-    assert paper_run.memory.optimizer == pytest.approx(16 * trained / 8)
+    trained = paper_run.parameters["trained"]
+    assert paper_run.memory["weights"] == 2 * trained
+    assert paper_run.memory["gradients"] == pytest.approx(2 * trained / 8)
+    assert paper_run.memory["optimizer (master weights, moments, average)"] == pytest.approx(16 * trained / 8)
     # paper.md section 9: 86 KB a token of normalised hidden states
-    assert paper_run.memory.context_cache == 1001 * 16 * 28 * 1536 * 2
+    assert paper_run.memory["context cache"] == 1001 * 16 * 28 * 1536 * 2
     hours = (127.75e9 + 521.4e9) * 2048 * 240_000 / (8 * 989.5e12 * 0.4) / 3600
     assert paper_run.seconds / 3600 == pytest.approx(hours, rel=0.01)
 
@@ -60,13 +62,13 @@ def test_memory_at_paper_size_follows_the_sharding_arithmetic(paper_run):
 @pytest.mark.slow
 def test_zero3_shards_the_weights_and_a_partial_cache_needs_the_vlm_beside_it(paper_run):
     stage3 = dry_run(parse_config([*PAPER, "--deepspeed=ds_configs/zero3.json"]), Assumptions(gpus=8, prompt_tokens=16))
-    assert stage3.memory.weights == paper_run.memory.weights / 8
-    assert stage3.memory.gradients == paper_run.memory.gradients
-    assert paper_run.memory.frozen_vlm is None
+    assert stage3.memory["weights"] == paper_run.memory["weights"] / 8
+    assert stage3.memory["gradients"] == paper_run.memory["gradients"]
+    assert "frozen VLM" not in paper_run.memory
     few = [*PAPER, "--vlm.context_cache=lru", "--vlm.context_cache_gib=0.5"]
     lru = dry_run(parse_config(few), Assumptions(gpus=8, prompt_tokens=16))
-    assert lru.memory.frozen_vlm == 2 * lru.parameters.vlm
-    assert 0.49 * 2**30 < lru.memory.context_cache <= 0.5 * 2**30
+    assert lru.memory["frozen VLM"] == 2 * lru.parameters["VLM"]
+    assert 0.49 * 2**30 < lru.memory["context cache"] <= 0.5 * 2**30
     with pytest.raises(UserError, match=r"vlm\.context_cache_gib: 0\.1 holds"):
         dry_run(parse_config([*few, "--vlm.context_cache_gib=0.1"]), Assumptions(gpus=8, prompt_tokens=16))
 
@@ -84,17 +86,17 @@ def test_parameters_are_those_of_the_built_model(tmp_path, variant):
     counted = dry_run(config, Assumptions(gpus=1)).parameters
     _, vlm, _, model = build(config, tmp_path)
     assert isinstance(vlm, Qwen2VLForConditionalGeneration)
-    model.freeze_unreached_parameters()
-    assert counted.vlm == sum(p.numel() for p in vlm.parameters())
-    assert counted.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    freeze_unreached(model, [FlowMatching])
+    assert counted["VLM"] == sum(p.numel() for p in vlm.parameters())
+    assert counted["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     path = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vlm."))
-    assert counted.generation_path == path
+    assert counted["generation path (layers, embeddings, head)"] == path
 
 
 @pytest.mark.slow
 def test_activations_agree_with_the_memory_a_real_forward_takes(tmp_path):
     config = parse_config(["--global_batch_size", "1024"])
-    predicted = dry_run(config, Assumptions(gpus=1)).memory.activations
+    predicted = dry_run(config, Assumptions(gpus=1)).memory["activations kept for the backward pass"]
     images, vlm, tokenizer, model = build(config, tmp_path)
     context = FixedContextCache(PromptEncoder(vlm, tokenizer, [*images.prompts, ""], "generation")).context
     batch = torch.randn(1024, 1, 8, 8), torch.rand(1024) * 1000
@@ -149,7 +151,8 @@ def test_presets_describe_a_network_and_a_batch_for_8_gpus(preset):
     vlm, codec, network, _ = build_meta_components(config)  # by their hub ids, with no download
     assert {p.device.type for p in [*vlm.parameters(), *codec.parameters()]} == {"meta"}
     side = config.data.resolution // 32
-    layout = make_batch_layout(config, num_groups=network.num_groups, world_size=8, rank=0)
+    layout = make_batch_layout(config, world_size=8, rank=0)
+    FlowMatching.check(config, network, layout)
     load_deepspeed_config(config, layout)
     assert network.num_image_tokens == side**2
     assert f"--config {preset}" in preset.read_text()

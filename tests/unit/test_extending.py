@@ -14,7 +14,10 @@ from latte_flow.model.solvers import SOLVERS, integrate
 from latte_flow.model.time_grids import TIME_GRIDS, make_timesteps, uniform_timesteps
 from latte_flow.model.timestep_experts import TimestepExperts
 from latte_flow.model.tiny_vlm import build_tiny_tokenizer
+from latte_flow.training.configs.fields import Assumptions
 from latte_flow.training.configs.parser import parse_config
+from latte_flow.training.dry_run import dry_run, format_table
+from latte_flow.training.objectives.base import OBJECTIVES
 from tests.tiny import make_model, noise, text_prompts, vlm_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
@@ -71,3 +74,26 @@ def test_a_backbone(tmp_path):
         assert torch.equal(loaded(noise(4), torch.tensor([900.0, 600.0, 400.0, 100.0]), **batch), velocity)
     with pytest.raises(ValueError, match=r"holds a studio_vl; accepted: qwen2_vl, qwen2_5_vl, qwen3_vl$"):
         load_vlm(tmp_path / "vlm")
+
+
+def test_an_objective_in_the_dry_run():
+    """Its own rows beside those of flow matching, whose counts stay; alone, only what it reaches is trained."""
+    with patch.dict(OBJECTIVES):
+        exec(example("Objective"), {"__name__": "example"})
+        runs = {}
+        for names in (["flow_matching"], ["unit_scale"], ["flow_matching", "unit_scale"]):
+            config = parse_config([f"--objectives.{name}=2" for name in names])
+            runs["+".join(names)] = dry_run(config, Assumptions(gpus=2)), config
+    (flow, _), (alone, _), (both, config) = runs.values()
+    weights = 64 * 128  # tokens of one channel, width 128
+    assert alone.parameters["trained"] == 2 * 128
+    assert alone.flops["forward"] == 2 * weights
+    for counts in (flow, alone):
+        name = "flow_matching" if counts is flow else "unit_scale"
+        for label in ("forward", "forward and backward"):
+            assert both.flops[f"{label}, {name}"] == counts.flops[label]
+    assert both.seconds == pytest.approx(flow.seconds + alone.seconds)
+    label = "activations kept for the backward pass"
+    assert both.memory[f"{label}, unit_scale"] == alone.memory[label] > 0
+    assert sum(both.memory.values()) == sum(flow.memory.values()) + alone.memory[label]
+    assert f"  {label}, unit_scale " in format_table(config, both, Assumptions(gpus=2))

@@ -67,11 +67,11 @@ def test_a_run_that_was_stopped_reports_the_same(losses, data):
 def test_a_row_of_skipped_steps_can_be_forgotten():
     health = StepHealth(HealthConfig(), global_batch_size=4)
     indices = torch.tensor([4, 5, 6, 7])
-    health.step_skipped(2, torch.tensor([1.0, torch.nan, 1.0, torch.inf]), indices)
+    health.step_skipped(2, {"loss": (torch.tensor([1.0, torch.nan, 1.0, torch.inf]), indices)})
     feed(health, [1.0], first_step=3)
     before = health.state_dict()
     for step in (4, 5):
-        assert health.step_skipped(step, torch.ones(4), indices)["nonfinite_loss"] == []
+        assert health.step_skipped(step, {"loss": (torch.ones(4), indices)})["nonfinite_loss"] == []
     assert health.consecutive_skips == 2
     assert health.state_dict(forget_skipped=2) == before
     assert [entry["step"] for entry in health.report()["skipped"]] == [2, 4, 5]
@@ -80,7 +80,8 @@ def test_a_row_of_skipped_steps_can_be_forgotten():
 
 def test_skipped_steps_name_their_samples():
     health = StepHealth(HealthConfig(), global_batch_size=4)
-    health.step_skipped(2, torch.tensor([torch.inf, 1.0, torch.nan, 1.0]), torch.tensor([7, 4, 5, 6]))
+    losses = torch.tensor([torch.inf, 1.0, torch.nan, 1.0]), torch.tensor([7, 4, 5, 6])
+    health.step_skipped(2, {"loss": losses})
     assert health.report()["skipped"] == [{"step": 2, "samples": [4, 7], "nonfinite_loss": [5, 7]}]
     assert health.report() == {}
 

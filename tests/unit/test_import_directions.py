@@ -18,10 +18,10 @@ ORDER = (
     ("data",),
     ("optimizer",),
     ("checkpoint",),
-    ("objectives",),
     ("monitor", "evaluation"),
     ("components", "run_folder", "run_lock", "initial_weights"),
     ("doctor",),
+    ("objectives",),
     ("dry_run", "trainer"),
     ("main",),
 )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from latte_flow.training.monitor.metrics import LossMeter, MetricsWriter
+from latte_flow.training.objectives.flow_matching import FlowMatching, loss_columns, loss_names
 
 CPU = torch.device("cpu")
 
@@ -22,6 +23,18 @@ def one_rank():
     dist.destroy_process_group()
 
 
+class GroupMeter(LossMeter):
+    """The meter of flow matching: all losses under ``loss``, and each under its group and its bin of tau."""
+
+    def __init__(self, num_groups: int, bins: int):
+        super().__init__(["loss", *loss_names(num_groups, bins)], CPU)
+        self.partition = num_groups, bins
+
+    def add(self, losses: torch.Tensor, groups: torch.Tensor, taus: torch.Tensor) -> None:
+        own = torch.zeros_like(groups)[None]
+        self.update(losses, torch.cat([own, 1 + loss_columns(groups, taus, *self.partition)]))
+
+
 class TestLossMeter:
     SAMPLES = st.lists(
         st.tuples(st.floats(0, 10, width=32), st.integers(0, 3), st.floats(0, 1000, width=32)), min_size=1, max_size=30
@@ -31,10 +44,10 @@ class TestLossMeter:
     def test_means_are_numpys(self, samples, bins, cut):
         """Over all, per group and per bin of tau; fed in any two pieces."""
         losses, groups, taus = (np.array(column) for column in zip(*samples, strict=True))
-        meter = LossMeter(4, bins, CPU)
+        meter = GroupMeter(4, bins)
         for part in (slice(0, cut), slice(cut, None)):
             loss, group, tau = (torch.from_numpy(x[part]) for x in (losses, groups, taus))
-            meter.update(loss.float(), group, tau.float())
+            meter.add(loss.float(), group, tau.float())
         metrics = meter.compute()
         assert metrics.pop("loss") == pytest.approx(losses.mean(), rel=1e-6, abs=1e-9)
         expected = {f"loss_group_{g}": losses[groups == g].mean() for g in set(groups.tolist())}
@@ -54,9 +67,9 @@ class TestLossMeter:
 
     def test_bins_by_hand(self):
         """Four bins: 0-250, 250-500, 500-750, 750-1000, the last with its end."""
-        meter = LossMeter(2, 4, CPU)
+        meter = GroupMeter(2, 4)
         taus = torch.tensor([0.0, 249.0, 250.0, 999.0, 1000.0])
-        meter.update(torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0]), torch.tensor([1, 1, 1, 0, 0]), taus)
+        meter.add(torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0]), torch.tensor([1, 1, 1, 0, 0]), taus)
         assert meter.compute() == {
             "loss": 5.0,
             "loss_group_0": 8.0,
@@ -67,45 +80,64 @@ class TestLossMeter:
         }
 
     def test_starts_again_after_a_report(self):
-        meter = LossMeter(1, 1, CPU)
-        meter.update(torch.tensor([100.0]), torch.tensor([0]), torch.tensor([5.0]))
+        meter = GroupMeter(1, 1)
+        meter.add(torch.tensor([100.0]), torch.tensor([0]), torch.tensor([5.0]))
         meter.compute()
-        meter.update(torch.tensor([2.0]), torch.tensor([0]), torch.tensor([5.0]))
+        meter.add(torch.tensor([2.0]), torch.tensor([0]), torch.tensor([5.0]))
         assert meter.compute()["loss"] == 2.0
 
     def test_holds_no_graph(self):
-        meter = LossMeter(1, 1, CPU)
-        meter.update(torch.ones(1, requires_grad=True) * 2, torch.tensor([0]), torch.tensor([5.0]))
+        meter = GroupMeter(1, 1)
+        meter.add(torch.ones(1, requires_grad=True) * 2, torch.tensor([0]), torch.tensor([5.0]))
         assert not meter.totals.requires_grad
 
     def test_many_small_losses_do_not_vanish(self):
         """In float32 a sum of 2^24 would swallow ones."""
-        meter = LossMeter(1, 1, CPU)
-        meter.update(torch.tensor([2.0**24]), torch.tensor([0]), torch.tensor([5.0]))
+        meter = GroupMeter(1, 1)
+        meter.add(torch.tensor([2.0**24]), torch.tensor([0]), torch.tensor([5.0]))
         for _ in range(100):
-            meter.update(torch.tensor([1.0]), torch.tensor([0]), torch.tensor([5.0]))
+            meter.add(torch.tensor([1.0]), torch.tensor([0]), torch.tensor([5.0]))
         assert meter.compute()["loss"] == (2**24 + 100) / 101
 
     def test_saved_and_loaded_in_between_it_reports_the_same(self, one_rank):
         """Through JSON's numbers, as in a checkpoint."""
-        meters = [LossMeter(2, 3, CPU), LossMeter(2, 3, CPU)]
+        meters = [GroupMeter(2, 3), GroupMeter(2, 3)]
         batches = [(torch.rand(5), torch.randint(2, (5,)), torch.rand(5) * 1000) for _ in range(2)]
         for meter in meters:
-            meter.update(*batches[0])
-        resumed = LossMeter(2, 3, CPU)
+            meter.add(*batches[0])
+        resumed = GroupMeter(2, 3)
         resumed.load_state_dict(json.loads(json.dumps(meters[1].state_dict())))
         for meter in (meters[0], resumed):
-            meter.update(*batches[1])
+            meter.add(*batches[1])
         assert meters[0].compute() == resumed.compute()
 
     def test_sums_of_more_ranks_are_added(self, one_rank):
         """Saved by two ranks, resumed by one."""
-        parts = [LossMeter(1, 1, CPU) for _ in range(2)]
+        parts = [GroupMeter(1, 1) for _ in range(2)]
         for meter, loss in zip(parts, (1.0, 4.0), strict=True):
-            meter.update(torch.tensor([loss]), torch.tensor([0]), torch.tensor([5.0]))
-        resumed = LossMeter(1, 1, CPU)
-        resumed.load_state_dict([meter.state_dict()[0] for meter in parts])
+            meter.add(torch.tensor([loss]), torch.tensor([0]), torch.tensor([5.0]))
+        resumed = GroupMeter(1, 1)
+        states = [meter.state_dict() for meter in parts]
+        resumed.load_state_dict(states[0] | {"totals": [total for state in states for total in state["totals"]]})
         assert resumed.compute()["loss"] == 2.5
+
+    def test_other_bins_keep_what_still_fits_and_print_what_does_not(self, one_rank, capsys):
+        """logging.timestep_bins may change on resume, in the middle of a logged interval; of two bins the second is filled."""
+        saved, resumed = GroupMeter(2, 2), GroupMeter(2, 5)
+        saved.add(torch.tensor([1.0, 4.0]), torch.tensor([0, 1]), torch.tensor([700.0, 900.0]))
+        resumed.load_state_dict(json.loads(json.dumps(saved.state_dict())))
+        assert "metrics: loss_tau_0500_1000 since the last logged step" in capsys.readouterr().out
+        resumed.add(torch.tensor([7.0]), torch.tensor([1]), torch.tensor([950.0]))
+        expected = {"loss": 4.0, "loss_group_0": 1.0, "loss_group_1": 5.5, "loss_tau_0800_1000": 7.0}
+        assert resumed.compute() == expected
+
+    def test_sums_of_an_older_version_are_not_dropped_silently(self, one_rank, capsys):
+        meter = GroupMeter(1, 1)
+        meter.load_state_dict([[[0.0, 0.0], [0.0, 0.0]]])
+        assert capsys.readouterr().out == ""  # there was nothing to lose
+        meter.load_state_dict([[[2.5, 2.5], [1.0, 1.0]]])
+        assert "have no names and are dropped" in capsys.readouterr().out
+        assert meter.compute() == {}
 
 
 def lines(folder) -> list[dict]:
@@ -159,7 +191,7 @@ class TestMetricsWriter:
         assert [line["step"] for line in lines(tmp_path)] == [1]
 
     def test_tensorboard_reads_every_number_under_its_card(self, tmp_path):
-        writer = MetricsWriter(tmp_path, 0)
+        writer = MetricsWriter(tmp_path, 0, FlowMatching.cards)
         metrics = {
             "loss": 2.0,
             "loss_group_1": 3.0,
@@ -169,8 +201,8 @@ class TestMetricsWriter:
             "samples_per_second": 7.0,
         }
         writer.scalars(10, metrics)
-        gates = {1: torch.full((3, 2), 0.5), 12: torch.tensor([[-1.0, 0.0]])}
-        writer.gates(10, gates)
+        gates = {"gate/layer_01": torch.full((3, 2), 0.5), "gate/layer_12": torch.tensor([[-1.0, 0.0]])}
+        writer.distributions(10, gates)
         writer.grid(10, np.zeros((4, 6), dtype=np.uint8))
         writer.grid(11, np.zeros((4, 6, 3), dtype=np.uint8))
         writer.text("config", "a: 1\nb: 2")

@@ -14,6 +14,7 @@ from latte_flow.model.settings import PromptTemplate
 from latte_flow.model.solvers import SOLVERS
 from latte_flow.model.time_grids import TIME_GRIDS
 from latte_flow.training.configs.checked import (
+    LIMIT,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -293,6 +294,8 @@ class TrainingConfig:
             no gradient accumulation.
         tensor_parallel: number of ranks that split the heads and hidden units of every layer and train the same samples; must
             divide the number of ranks, the heads and the hidden units. With ZeRO stages 1 and 2 only. See docs/train.md.
+        objectives: what the run trains for, name -> weight of its loss: flow_matching, or one that was registered
+            (docs/extending.md). The losses are added; all of them train in every step.
         groups_per_sample: 1, each sample trains one group, assigned evenly (stratified); all, every sample trains every group at
             its own timestep, which takes K times the compute.
         precision: bf16, weights and activations in bfloat16 with float32 master weights; fp32.
@@ -308,6 +311,7 @@ class TrainingConfig:
     global_batch_size: PositiveInt = 2048
     micro_batch_size: int | None = None
     tensor_parallel: PositiveInt = 1
+    objectives: dict[str, float] = field(default_factory=lambda: {"flow_matching": 1.0})
     groups_per_sample: Literal[1, "all"] = 1
     precision: Literal["bf16", "fp32"] = "bf16"
     vlm: VlmConfig = field(default_factory=VlmConfig)
@@ -319,6 +323,13 @@ class TrainingConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     model: NetworkConfig = field(default_factory=NetworkConfig)
+
+    def __post_init__(self):
+        if not self.objectives:
+            raise UserError("objectives: got none; accepted: one or more, each with its weight")
+        for name, weight in self.objectives.items():
+            if not 0 < weight < LIMIT:
+                raise UserError(f"objectives.{name}: got {weight}; accepted: a weight greater than 0")
 
 
 @checked

@@ -5,9 +5,12 @@ s B .. (s + 1) B - 1, where B is the global batch size. All randomness of a samp
 (model/randomness.py), so ranks, micro-batches and restarts do not change what is trained, and exact resume needs only the step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from latte_flow.training.data.workers import ignore_stop_signals, kill_workers_at_exit
@@ -29,16 +32,49 @@ class MicroBatchSampler(Sampler[list[int]]):
         return (self.last_step - self.first_step) * self.layout.accumulation_steps
 
 
+@dataclass
+class Batch:
+    """A micro-batch of one objective, in rows. Subclasses add fields, each a tensor or None."""
+
+    sample_indices: Tensor  # [rows] int64, global
+
+    def to(self, device: torch.device) -> Self:
+        """Return the batch on a device."""
+        return self._map(lambda value: value.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """Return the batch in page-locked memory (called by torch's DataLoader)."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, **{name: function(value) for name, value in vars(self).items() if value is not None})
+
+
 class Samples(Dataset[dict]):
     """A map-style data set indexed by global sample index that also collates its samples."""
 
-    def collate(self, samples: list[dict]):
+    def collate(self, samples: list[dict]) -> Batch:
         """Collate samples into a micro-batch."""
         raise NotImplementedError
 
 
+class JointSamples(Dataset[dict]):
+    """The samples of several objectives at the same global sample indices: name -> sample, and name -> batch."""
+
+    def __init__(self, parts: Mapping[str, Samples]):
+        self.parts = parts
+
+    def __getitem__(self, index: int) -> dict[str, dict]:
+        """Return the samples of a global sample index."""
+        return {name: part[index] for name, part in self.parts.items()}
+
+    def collate(self, samples: list[dict[str, dict]]) -> dict[str, Batch]:
+        """Collate each objective's samples."""
+        return {name: part.collate([sample[name] for sample in samples]) for name, part in self.parts.items()}
+
+
 def make_loader(
-    samples: Samples, layout: BatchLayout, *, first_step: int, last_step: int, num_workers: int
+    samples: Samples | JointSamples, layout: BatchLayout, *, first_step: int, last_step: int, num_workers: int
 ) -> DataLoader:
     """Return the loader of this rank's micro-batches, from ``first_step`` up to but excluding ``last_step``.
 

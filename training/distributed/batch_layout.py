@@ -30,18 +30,16 @@ class BatchLayout:
         return range(first, first + self.micro_batch_size)
 
 
-def make_batch_layout(config: TrainingConfig, *, num_groups: int, world_size: int, rank: int) -> BatchLayout:
+def make_batch_layout(config: TrainingConfig, *, world_size: int, rank: int) -> BatchLayout:
     """Return the distribution of the global batch over ranks and micro-batches.
 
     Args:
         config: the run.
-        num_groups: K.
         world_size: number of data-parallel ranks (``Ranks.data_size``).
         rank: this rank's index among them.
 
     Raises:
-        UserError: when global_batch_size is not accumulation x micro_batch_size x world size, or a micro-batch cannot be split
-            evenly over the groups.
+        UserError: when global_batch_size is not accumulation x micro_batch_size x world size.
     """
     total, micro = config.global_batch_size, config.micro_batch_size
     ranks = f"{world_size} {'ranks' if config.tensor_parallel == 1 else 'data-parallel ranks'}"
@@ -53,10 +51,5 @@ def make_batch_layout(config: TrainingConfig, *, num_groups: int, world_size: in
         raise UserError(
             f"micro_batch_size: {micro} on {ranks} does not divide global_batch_size {total}; accepted: divisors of "
             f"{total / world_size:g}"
-        )
-    if config.groups_per_sample != "all" and micro % num_groups:
-        raise UserError(
-            f"micro_batch_size: {micro} (of global_batch_size {total} on {ranks}) is not a multiple of the "
-            f"{num_groups} groups that share each micro-batch equally (model.num_groups)"
         )
     return BatchLayout(global_batch_size=total, micro_batch_size=micro, world_size=world_size, rank=rank)

@@ -6,6 +6,7 @@ too many consecutive ones end the run.
 
 import statistics
 from collections import deque
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -42,26 +43,25 @@ class StepHealth:
         self._history: deque[float] = deque(maxlen=config.spike_window)
 
     def step_done(self, step: int, losses: Tensor) -> None:
-        """Record a step (counted from 1) that updated the weights, with the losses [rows] of this rank's samples."""
+        """Record a step (counted from 1) that updated the weights; its loss is the mean of ``losses`` over all ranks."""
         self.consecutive_skips = 0
         values = losses.detach().double()
         self._sums.append((step, torch.stack([values.sum(), torch.ones_like(values).sum()])))
 
-    def step_skipped(self, step: int, losses: Tensor, sample_indices: Tensor) -> dict:
+    def step_skipped(self, step: int, losses: Mapping[str, tuple[Tensor, Tensor]]) -> dict:
         """Record a skipped step and return its entry in metrics.jsonl. Collective.
 
         Args:
             step: counted from 1.
-            losses: losses of this rank's samples [rows].
-            sample_indices: their global indices [rows].
+            losses: name -> (losses of this rank's samples [rows], their global indices [rows]).
         """
         self.consecutive_skips += 1
-        mine = sorted(set(sample_indices[~torch.isfinite(losses)].tolist()))
+        mine = {name: set(indices[~torch.isfinite(values)].tolist()) for name, (values, indices) in losses.items()}
         parts = gather(mine, self.group)
         entry = {
             "step": step,
             "samples": [(step - 1) * self.global_batch_size, step * self.global_batch_size - 1],
-            "nonfinite_loss": sorted(index for part in parts for index in part),
+            **{f"nonfinite_{name}": sorted(index for part in parts for index in part[name]) for name in losses},
         }
         self._skipped.append(entry)
         return entry

@@ -1,8 +1,8 @@
-"""Metrics of a run (losses by group and timestep, gradient norms, gates, throughput), logged to metrics.jsonl and TensorBoard."""
+"""Metrics of a run (losses, gradient norms, throughput), logged to metrics.jsonl and TensorBoard."""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -12,78 +12,79 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.tensorboard import summary
 
-from latte_flow.model.flow_matching import NUM_TRAIN_TIMESTEPS
 from latte_flow.model.images import to_pil
 from latte_flow.training.checkpoint.manifest import step_name
+from latte_flow.training.distributed.collectives import print_once
 from latte_flow.training.distributed.zero import gradient_norms
 from latte_flow.training.monitor.logs import EventFile, LogFile, replace_file, skip_failures
 
 _POSITIVE_BINS = 1e-12 * 1.1 ** np.arange(774)
 HISTOGRAM_BINS = np.concatenate([-_POSITIVE_BINS[::-1], [0], _POSITIVE_BINS])
 """TensorBoard's bins, up to 1e20."""
+CARDS = {"grad_norm_": "grad_norm_per_group/", "rank_": "ranks/", "slowest_rank": "ranks/slowest"}
+"""Prefix of a metric's name -> what takes its place in TensorBoard, which shows what is before the slash on one card."""
 
 
 class LossMeter:
-    """Sums losses on the device between two logged steps: in total, per group and per bin of tau. No host synchronisation.
+    """Sums losses on the device between two logged steps, each under one or more names. No host synchronisation.
 
     The sums are local to this rank; ``compute`` reduces them over the data-parallel group.
 
     Args:
-        num_groups: K.
-        timestep_bins: number of bins of tau.
+        names: name of each column, all different.
         device: device of the losses.
         group: the data-parallel group of this rank; None for all ranks.
     """
 
-    def __init__(
-        self, num_groups: int, timestep_bins: int, device: torch.device, group: dist.ProcessGroup | None = None
-    ):
-        self.num_groups, self.timestep_bins, self.group = num_groups, timestep_bins, group
-        # Rows: sum, count. Columns: groups, then bins. float64, so that the order of additions does not matter.
-        self.totals = torch.zeros(2, num_groups + timestep_bins, dtype=torch.float64, device=device)
+    def __init__(self, names: Sequence[str], device: torch.device, group: dist.ProcessGroup | None = None):
+        self.names, self.group = list(names), group
+        # Rows: sum, count. float64, so that the order of additions does not matter.
+        self.totals = torch.zeros(2, len(self.names), dtype=torch.float64, device=device)
 
-    def update(self, losses: Tensor, groups: Tensor, timesteps: Tensor) -> None:
-        """Add per-sample losses [B] of samples in groups [B] at timesteps [B]."""
-        bins = (timesteps / NUM_TRAIN_TIMESTEPS * self.timestep_bins).long().clamp(max=self.timestep_bins - 1)
-        columns = torch.cat([groups, self.num_groups + bins])
-        values = losses.detach().double()
-        self.totals[0].index_add_(0, columns, torch.cat([values, values]))
-        self.totals[1].index_add_(0, columns, torch.ones_like(columns, dtype=torch.float64))
+    def update(self, losses: Tensor, columns: Tensor) -> None:
+        """Add losses [rows], each to its n columns [n, rows]."""
+        values = losses.detach().double().repeat(len(columns))
+        self.totals[0].index_add_(0, columns.flatten(), values)
+        self.totals[1].index_add_(0, columns.flatten(), torch.ones_like(values))
 
     def compute(self) -> dict[str, float]:
-        """Return the mean losses over all ranks since the last call (``loss``: NaN if there were none) and reset. Collective."""
+        """Return the mean losses over all ranks since the last call, of the names that have any, and reset. Collective."""
         totals = self.totals.clone()
         if dist.is_initialized():
             dist.all_reduce(totals, group=self.group)
         self.totals.zero_()
         sums, counts = totals.tolist()
-        k = self.num_groups
-        metrics = {"loss": sum(sums[:k]) / sum(counts[:k]) if sum(counts[:k]) else math.nan}
-        metrics |= {f"loss_group_{g}": sums[g] / counts[g] for g in range(k) if counts[g]}
-        width = NUM_TRAIN_TIMESTEPS / self.timestep_bins
-        for i in range(self.timestep_bins):
-            if counts[k + i]:
-                metrics[f"loss_tau_{round(i * width):04d}_{round((i + 1) * width):04d}"] = sums[k + i] / counts[k + i]
-        return metrics
+        return {name: sums[i] / counts[i] for i, name in enumerate(self.names) if counts[i]}
 
-    def state_dict(self) -> list[list[list[float]]]:
+    def state_dict(self) -> dict:
         """Return the sums of all ranks, so that a run resumed between two logged steps reports the same means. Collective."""
         gathered = [torch.zeros_like(self.totals) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(gathered, self.totals, self.group)
-        return [totals.tolist() for totals in gathered]
+        return {"names": self.names, "totals": [totals.tolist() for totals in gathered]}
 
-    def load_state_dict(self, state: list) -> None:
-        """Restore this rank's sums. If the number of ranks changed, rank 0 takes all of them; if the bins changed, drop them."""
-        totals = torch.tensor(state, dtype=torch.float64)
-        if totals.shape[1:] != self.totals.shape:  # logging.timestep_bins has changed
+    def load_state_dict(self, state: dict | list) -> None:
+        """Restore this rank's sums by name and print which of them have no column here.
+
+        If the number of ranks changed, rank 0 takes all of them. Older versions saved a list without names, which is dropped.
+        """
+        if isinstance(state, list):
+            if torch.tensor(state).any():
+                print_once("metrics: the checkpoint's losses since its last logged step have no names and are dropped")
             return
+        totals = torch.tensor(state["totals"], dtype=torch.float64)  # [ranks, 2, columns]
+        counts = dict(zip(state["names"], totals[:, 1].sum(0).tolist(), strict=True))
+        if dropped := [name for name, count in counts.items() if count and name not in self.names]:
+            print_once(f"metrics: {', '.join(dropped)} since the last logged step are dropped: no longer reported")
         if len(totals) == dist.get_world_size(self.group):
-            self.totals.copy_(totals[dist.get_rank(self.group)])
-        elif dist.get_rank(self.group) == 0:
-            self.totals.copy_(totals.sum(0))
+            mine = totals[dist.get_rank(self.group)]
+        else:
+            mine = totals.sum(0) * (dist.get_rank(self.group) == 0)
+        for name, column in zip(state["names"], mine.T, strict=True):
+            if name in self.names:
+                self.totals[:, self.names.index(name)] = column.to(self.totals.device)
 
 
-def expert_gradient_norms(engine, group_labels: list[str]) -> dict[str, Tensor]:
+def labelled_gradient_norms(engine, group_labels: list[str]) -> dict[str, Tensor]:
     """Return the gradient norm per label before clipping, over all ranks. Collective; call it between backward and step.
 
     Args:
@@ -106,10 +107,12 @@ class MetricsWriter:
         output_dir: the output_dir of the run.
         resumed_step: entries after this step, logged by a run that continued beyond its last checkpoint, are dropped because the
             steps are computed again.
+        cards: prefix of a metric's name -> what takes its place in TensorBoard, beside CARDS.
     """
 
-    def __init__(self, output_dir: Path, resumed_step: int):
+    def __init__(self, output_dir: Path, resumed_step: int, cards: Mapping[str, str] | None = None):
         self.path = output_dir / "metrics.jsonl"
+        self._cards = CARDS | dict(cards or {})
         self._resumed_step = resumed_step
         self._lines: LogFile | None = None
         self._events = EventFile(output_dir / "tensorboard", purge_step=resumed_step + 1)
@@ -146,15 +149,15 @@ class MetricsWriter:
         with skip_failures(self.path.name):
             self._open().append(line.encode())
         numbers = {name: value for name, value in entry.items() if name != "step" and isinstance(value, int | float)}
-        self._events.add([summary.scalar(_tensorboard_tag(name), value) for name, value in numbers.items()], step)
+        self._events.add([summary.scalar(self._tag(name), value) for name, value in numbers.items()], step)
 
-    def gates(self, step: int, gates: Mapping[int, Tensor]) -> None:
-        """Log the gate values of each layer [B, H]: the mean per layer, and the distribution over heads and timesteps."""
+    def distributions(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Log values of any shape under a name, "card/name": their distribution, and their mean under "card_mean/name"."""
         summaries = []
-        for layer, values in gates.items():
-            summaries.append(summary.scalar(f"gate_mean/layer_{layer:02d}", values.mean().item()))
-            flat = values.flatten().cpu().numpy()
-            summaries.append(summary.histogram(f"gate/layer_{layer:02d}", flat, HISTOGRAM_BINS))
+        for name, tensor in values.items():
+            card, _, rest = name.partition("/")
+            summaries.append(summary.scalar(f"{card}_mean/{rest}", tensor.mean().item()))
+            summaries.append(summary.histogram(name, tensor.flatten().cpu().numpy(), HISTOGRAM_BINS))
         self._events.add(summaries, step)
 
     def grid(self, step: int, pixels: np.ndarray) -> None:
@@ -169,16 +172,9 @@ class MetricsWriter:
         """Log a text as a code block."""
         self._events.add([summary.text(name, "\n".join("    " + line for line in text.splitlines()))])
 
-
-def _tensorboard_tag(name: str) -> str:
-    """Group related metrics on one TensorBoard card: loss_group_0 becomes loss_per_group/0."""
-    for prefix, card in (
-        ("loss_group_", "loss_per_group/"),
-        ("loss_tau_", "loss_per_timestep/"),
-        ("grad_norm_", "grad_norm_per_group/"),
-        ("rank_", "ranks/"),
-        ("slowest_rank", "ranks/slowest"),
-    ):
-        if name.startswith(prefix):
-            return card + name.removeprefix(prefix)
-    return f"train/{name}"
+    def _tag(self, name: str) -> str:
+        """Group related metrics on one TensorBoard card."""
+        for prefix, card in self._cards.items():
+            if name.startswith(prefix):
+                return card + name.removeprefix(prefix)
+        return f"train/{name}"

@@ -1,1 +1,3 @@
-"""Training objectives: each defines samples, batches and losses."""
+"""Training objectives: what a run trains for. Importing this package registers the package's own."""
+
+from latte_flow.training.objectives import flow_matching  # noqa: F401
