@@ -90,10 +90,12 @@ def ema_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
 def parameter_groups(model: LatteFlowModel, weight_decay: float) -> list[dict]:
     """Return the trained parameters as optimizer groups: one per timestep expert, one for image_io, one for the VLM.
 
-    Each is split by weight decay: norms, biases, modulation and residual gates have none (paper section 6). The gradient norm of
-    a group is reported under its ``name``.
+    Each is split by weight decay: norms, biases, modulation and residual gates have none (paper section 6), nor embeddings: the
+    rows of tokens that no prompt uses get no gradient and would only shrink. The gradient norm of a group is reported under its
+    ``name``.
     """
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -103,6 +105,7 @@ def parameter_groups(model: LatteFlowModel, weight_decay: float) -> list[dict]:
         else:
             label = {"image_io": "image_io", "vlm": "vlm"}[part]
         decays = parameter.dim() > 1 and "modulation" not in name and "residual_gate" not in name
+        decays = decays and id(parameter) not in embeddings
         groups.setdefault((label, decays), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "name": label}

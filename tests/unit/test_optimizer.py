@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.swa_utils import AveragedModel
 
-from latte_flow.training.optimizer import EMA_KEY, AdamWWithEMA
+from latte_flow.training.optimizer import EMA_KEY, AdamWWithEMA, parameter_groups
+from tests.tiny import make_model, make_vlm
 
 ARGUMENTS = {"lr": 0.03, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
@@ -165,3 +166,22 @@ def test_average_keeps_the_parameters_type_and_shape():
         optimizer.step()
     assert [optimizer.state[p][EMA_KEY].dtype for p in params] == [torch.float64] * 2
     assert [optimizer.state[p][EMA_KEY].shape for p in params] == [p.shape for p in params]
+
+
+def test_weight_decay_leaves_norms_biases_modulation_gates_and_embeddings():
+    """Rows of the embedding that no prompt uses get no gradient: decay alone would shrink them to nothing."""
+    model = make_model(make_vlm(), variant="blend")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.5), lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    parameters = {name: p for name, p in model.named_parameters() if not name.startswith("vlm.model.visual.")}
+    trained = set(parameters)
+    decayed = {name for name, p in parameters.items() if not torch.equal(p, torch.ones_like(p))}
+    without = ("norm", "bias", "modulation", "residual_gate", "embed_tokens")
+    assert {name for name in trained if any(word in name for word in without)} == trained - decayed
+    assert {"vlm.model.language_model.embed_tokens.weight", "layers.0.modulation.weight"} <= trained - decayed
+    assert {"image_io.0.patch_embed.weight", "vlm.model.language_model.layers.0.mlp.up_proj.weight"} <= decayed

@@ -151,7 +151,7 @@ class OptimizerConfig:
     Args:
         lr: learning rate after warm-up, constant (paper: 5e-4).
         betas: AdamW's decay rates of the moments.
-        weight_decay: weight decay of weight matrices; norms, biases, modulation and gates have none.
+        weight_decay: weight decay of weight matrices; norms, biases, modulation, gates and embeddings have none.
         grad_clip: maximum gradient norm; 0 disables clipping.
         warmup_steps: steps over which the learning rate grows linearly to lr.
         ema_decay: decay of the exponential moving average that is sampled and evaluated; lower in early steps, see optimizer.py.
