@@ -192,13 +192,14 @@ def joint_attention(
 
 
 def _reference(query, key, value, spec, context, previous, gate, causal):
-    """Materialise the maps. Softmax and residual sums run in float32 at least."""
-    n = query.shape[2]
+    """Materialise the maps. Logits, softmax and residual sums are float32 at least."""
+    n, wide = query.shape[2], torch.promote_types(query.dtype, torch.float32)
     heads_per_group = query.shape[1] // key.shape[1]
 
     def logits_of(keys):  # [B, G, T, E] -> [B, H, N, T]; the query heads of a group share its keys without copying them
         q = rearrange(query, "b (g r) n e -> b g (r n) e", r=heads_per_group)
-        logits = (q @ keys.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * spec.scale
+        # Not after the product: it would be rounded to bfloat16's 8 bits, or overflow float16, with the VLM's large key biases.
+        logits = q.to(wide) @ keys.to(wide).transpose(-1, -2) * spec.scale
         return rearrange(logits, "b g (r n) t -> b (g r) n t", r=heads_per_group)
 
     own_map = logits_of(key)

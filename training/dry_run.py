@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.tensor_split import partition_dim
 from latte_flow.training.components import MetaComponents, build_meta_components, compute_dtype
-from latte_flow.training.configs.deepspeed import deepspeed_file, load_deepspeed_config
+from latte_flow.training.configs.deepspeed import FLOAT32, deepspeed_file, load_deepspeed_config
 from latte_flow.training.configs.fields import Assumptions, TrainingConfig
 from latte_flow.training.distributed.batch_layout import BatchLayout, make_batch_layout
 from latte_flow.training.distributed.ranks import data_parallel_size
@@ -195,7 +195,7 @@ def count_model_memory(config: TrainingConfig, model: LatteFlowModel, layout: Ba
     width, trained = compute_dtype(config).itemsize, _trained(model)
     return {
         "weights": sum(p.numel() for p in model.parameters()) * width / (shards if zero["stage"] == 3 else 1),
-        "gradients": trained * width / (shards if zero["stage"] >= 2 else 1),
+        "gradients": trained * zero["gradient_bytes"] / (shards if zero["stage"] >= 2 else 1),
         "optimizer (master weights, moments, average)": 0 if zero["offload"] else trained * OPTIMIZER_BYTES / shards,
         "communication buckets": zero["buckets"] * width,
     }
@@ -203,9 +203,15 @@ def count_model_memory(config: TrainingConfig, model: LatteFlowModel, layout: Ba
 
 def _zero_settings(config: TrainingConfig) -> dict[str, Any]:
     """Return the settings of DeepSpeed's configuration that affect memory; buckets: their size in elements."""
-    zero = json.loads(deepspeed_file(config).read_text()).get("zero_optimization", {})
-    buckets = zero.get("reduce_bucket_size", 5e8) * (2 if zero.get("overlap_comm", False) else 1)
-    return {"stage": zero.get("stage", 0), "buckets": buckets, "offload": bool(zero.get("offload_optimizer"))}
+    settings = json.loads(deepspeed_file(config).read_text())
+    zero = settings.get("zero_optimization", {})
+    accumulated = settings.get("data_types", {}).get("grad_accum_dtype")
+    return {
+        "stage": zero.get("stage", 0),
+        "buckets": zero.get("reduce_bucket_size", 5e8) * (2 if zero.get("overlap_comm", False) else 1),
+        "offload": bool(zero.get("offload_optimizer")),
+        "gradient_bytes": 4 if accumulated == FLOAT32 else compute_dtype(config).itemsize,
+    }
 
 
 def format_table(config: TrainingConfig, result: DryRun, assumed: Assumptions) -> str:

@@ -259,6 +259,23 @@ def test_bfloat16_stays_within_rounding(backend):
     assert relative_error(run_oracle(Chain(plain, MASK))[2], expected[2]) > 0.1
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 4e-3), (torch.float16, 1e-3)])
+def test_logits_of_large_keys_are_not_rounded_to_the_type_of_the_weights(dtype, bound):
+    """Qwen2's key biases reach hundreds. A product rounded to bfloat16 is off by 2 %; in float16 it is infinite."""
+    rng = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 2, 64, 128, generator=rng) for _ in range(3))
+    query[..., 4:8], key[..., :4] = query[..., 4:8] + 300, key[..., :4] + 300
+    query[..., :4], key[..., 4:8] = query[..., :4] / 8, key[..., 4:8] + 300
+    narrow = [x.to(dtype) for x in (query, key, value)]
+    spec = make_spec(head_dim=128, num_image_tokens=64)
+    output, residual = joint_attention(*narrow, spec=spec)
+    exact, expected = joint_attention(*(x.double() for x in narrow), spec=spec)
+    assert expected.maps.abs().max() * 128**0.5 > torch.finfo(torch.float16).max
+    assert relative_error(output.double(), exact) < bound
+    assert residual.maps.dtype == torch.float32
+    assert relative_error(residual.maps.double(), expected.maps) < 1e-6
+
+
 def test_no_residual_is_handed_on_when_there_is_none():
     layer = make_chain(depth=1).layers[0]
     for backend in BACKENDS:

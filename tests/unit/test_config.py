@@ -566,6 +566,12 @@ class TestDeepSpeedFile:
         with pytest.raises(UserError, match=rf"zero_optimization.stage {stage}; accepted: 1, 2, 3"):
             self.load(tmp_path, {"zero_optimization": {"stage": stage}})
 
+    def test_float32_gradients_are_refused_where_deepspeed_has_another_optimizer_for_them(self, tmp_path):
+        content = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
+        with pytest.raises(UserError, match=r"data_types.grad_accum_dtype fp32 with .* 1, .*; accepted: stage 2 or 3"):
+            self.load(tmp_path, content, precision="bf16")
+        self.load(tmp_path, content, precision="fp32")
+
     @pytest.mark.parametrize(
         ("section", "name"), [("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")]
     )

@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # distributed/ is a layer above configs/
     from latte_flow.training.distributed.batch_layout import BatchLayout
 
 SUPPORTED_STAGES = (1, 2, 3)
+FLOAT32 = "fp32"
+"""DeepSpeed's name of it in ``data_types.grad_accum_dtype``."""
 UNCHECKED = {"steps_per_print": int, "wall_clock_breakdown": bool, "zero_force_ds_cpu_optimizer": bool}
 """Fields of the files in ds_configs/ that DeepSpeed does not validate; a bad value fails only in the middle of the run."""
 
@@ -80,6 +82,11 @@ def load_deepspeed_config(config: TrainingConfig, layout: "BatchLayout") -> dict
     if type(stage) is not int or stage not in SUPPORTED_STAGES:
         accepted = ", ".join(map(str, SUPPORTED_STAGES))
         raise UserError(f"deepspeed: {path} sets zero_optimization.stage {stage}; accepted: {accepted}")
+    if stage == 1 and config.precision == "bf16" and result.get("data_types", {}).get("grad_accum_dtype") == FLOAT32:
+        raise UserError(
+            f"deepspeed: {path} sets data_types.grad_accum_dtype {FLOAT32} with zero_optimization.stage 1, where DeepSpeed uses "
+            "another optimizer, without elastic checkpoints; accepted: stage 2 or 3, or no grad_accum_dtype"
+        )
     if config.tensor_parallel > 1 and stage == 3:
         raise UserError(
             f"tensor_parallel: {config.tensor_parallel} with zero_optimization.stage 3 of {path}; accepted: stages 1 and 2, such "
