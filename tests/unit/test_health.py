@@ -86,6 +86,13 @@ def test_skipped_steps_name_their_samples():
     assert health.report() == {}
 
 
+def test_the_samples_of_several_losses_are_named_apart():
+    health, indices = StepHealth(HealthConfig(), global_batch_size=2), torch.tensor([2, 3])
+    one, two = (torch.tensor([1.0, torch.nan]), indices), (torch.tensor([1.0, 2.0]), indices)
+    entry = health.step_skipped(2, {"loss_one": one, "loss_two": two})
+    assert entry == {"step": 2, "samples": [2, 3], "nonfinite_loss_one": [3], "nonfinite_loss_two": []}
+
+
 def test_a_rank_timer_reports_each_interval_alone(monkeypatch):
     clock = iter([0.0, 2.0, 10.0, 11.0, 20.0, 26.0])
     monkeypatch.setattr("latte_flow.training.monitor.stragglers.time.perf_counter", lambda: next(clock))
