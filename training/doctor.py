@@ -8,10 +8,15 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from latte_flow.model.latte_flow import LatteFlowModel
+from latte_flow.training.components import Images
 from latte_flow.training.configs.fields import TrainingConfig
+from latte_flow.training.data.latents.dataset import LatentDataset
+from latte_flow.training.distributed.collectives import print_once
+from latte_flow.training.distributed.ranks import Ranks
 
 FULL_SIZE = 100_000_000
 """Trained parameters from which a run is compared with the recipe of the paper."""
@@ -150,3 +155,33 @@ CHECKS: tuple[Check, ...] = (
 def examine(config: TrainingConfig, facts: Facts) -> list[str]:
     """Return the warnings about a run, each one line with the field and the remedy."""
     return [warning for check in CHECKS if (warning := check(config, facts)) is not None]
+
+
+class Doctor:
+    """Warns of a run that trains, each warning once.
+
+    Args:
+        config: the run.
+        model: its network, or this rank's part of it.
+        ranks: which part.
+        images: its data.
+    """
+
+    def __init__(self, config: TrainingConfig, model: LatteFlowModel, ranks: Ranks, images: Images):
+        sizes = {name: ranks.whole_size(name, p) for name, p in model.named_parameters()}
+        self.config = config
+        self.facts = Facts(
+            trained=sum(sizes[name] for name, p in model.named_parameters() if p.requires_grad),
+            weights_bytes=sum(sizes[name] * p.element_size() for name, p in model.named_parameters()),
+            num_groups=model.experts.num_groups,
+            latent_std=images.manifest["statistics"]["std"] if isinstance(images, LatentDataset) else None,
+        )
+        self._printed: set[str] = set()
+
+    def examine(self, seconds_per_step: float | None = None) -> None:
+        """Print new warnings, at the start, and again with the measured time of a step."""
+        self.facts = replace(self.facts, seconds_per_step=seconds_per_step)
+        for warning in examine(self.config, self.facts):
+            if warning not in self._printed:
+                self._printed.add(warning)
+                print_once(f"warning: {warning}")

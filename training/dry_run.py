@@ -20,6 +20,7 @@ from latte_flow.training.configs.deepspeed import FLOAT32, deepspeed_file, load_
 from latte_flow.training.configs.fields import Assumptions, TrainingConfig
 from latte_flow.training.distributed.batch_layout import BatchLayout, make_batch_layout
 from latte_flow.training.distributed.ranks import data_parallel_size
+from latte_flow.training.doctor import Facts, examine
 from latte_flow.training.objectives.base import Counts, MetaParts, find_objectives, freeze_unreached
 
 META = torch.device("meta")
@@ -41,6 +42,7 @@ class DryRun:
         layout: the batch over the ranks.
         notes: remarks on the batch.
         seconds: duration of the run under the assumptions.
+        warnings: of what the config doctor would change (doctor.py).
     """
 
     parameters: dict[str, float]
@@ -49,6 +51,7 @@ class DryRun:
     layout: BatchLayout
     notes: list[str]
     seconds: float
+    warnings: list[str]
 
 
 class SavedBytes:
@@ -103,7 +106,7 @@ def dry_run(config: TrainingConfig, assumed: Assumptions) -> DryRun:
     load_deepspeed_config(config, layout)
     model, vlm = _build_networks(config, components)
     freeze_unreached(model, kinds.values())
-    parameters = count_parameters(model, vlm)
+    parameters, whole = count_parameters(model, vlm), sum(p.numel() for p in model.parameters())
     _split_over_ranks(config.tensor_parallel, model, vlm)
     parts = MetaParts(config, components, model, vlm, layout, assumed)
     memory, operations, notes = count_model_memory(config, model, layout), 0.0, []
@@ -117,7 +120,13 @@ def dry_run(config: TrainingConfig, assumed: Assumptions) -> DryRun:
         notes += [counts.note] if counts.note else []
     rate = data_size * config.tensor_parallel * assumed.peak_tflops * 1e12 * assumed.utilisation
     seconds = operations * config.global_batch_size * config.max_steps / rate
-    return DryRun(parameters, memory, flops, layout, notes, seconds)
+    facts = Facts(
+        trained=int(parameters["trained"]),
+        weights_bytes=compute_dtype(config).itemsize * whole,
+        num_groups=model.experts.num_groups,
+        seconds_per_step=seconds / config.max_steps,
+    )
+    return DryRun(parameters, memory, flops, layout, notes, seconds, examine(config, facts))
 
 
 def _build_networks(config: TrainingConfig, components: MetaComponents) -> tuple[LatteFlowModel, nn.Module]:
@@ -241,5 +250,6 @@ def format_table(config: TrainingConfig, result: DryRun, assumed: Assumptions) -
         "",
         f"time at {assumed.utilisation:.0%} of {assumed.peak_tflops:g} TFLOP/s per GPU",
         f"  {config.max_steps:,} steps, {samples:,} samples: {result.seconds / 3600:,.2f} hours",
+        *(f"\nwarning: {warning}" for warning in result.warnings),
     ]
     return "\n".join(lines)

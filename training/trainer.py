@@ -29,6 +29,7 @@ from latte_flow.training.data.record import DataRecord
 from latte_flow.training.distributed.batch_layout import make_batch_layout
 from latte_flow.training.distributed.collectives import agree, print_once
 from latte_flow.training.distributed.ranks import arrange_ranks
+from latte_flow.training.doctor import Doctor
 from latte_flow.training.errors import UserError
 from latte_flow.training.initial_weights import find_initial_weights
 from latte_flow.training.monitor.health import StepHealth
@@ -120,6 +121,8 @@ class Trainer:
             record_start(config, data_record, self.step)
         self.writer = MetricsWriter(self.output_dir, self.step, self.objectives.cards) if self.rank == 0 else None
         print_once(describe_run(self.model, images, self.ranks, self.layout))
+        self.doctor = Doctor(config, self.model, self.ranks, images)
+        self.doctor.examine()
 
     def _make_monitors(self) -> None:
         """Create what monitors the training: health, timers, watchdog; and checkpoints. Collective."""
@@ -290,6 +293,8 @@ class Trainer:
         steps, seconds = self.step - self._logged_step, now - self._logged_time
         self._logged_step, self._logged_time = self.step, now
         ranks = self.timer.report(steps)
+        if self.doctor.facts.seconds_per_step is None:
+            self.doctor.examine(seconds / steps)
         for spike in health.get("loss_spikes", []):
             print_once(
                 "loss spike: step {step} has loss {loss:.4g}, {ratio:.3g} times the median before".format(**spike)

@@ -50,6 +50,12 @@ def test_the_saved_configuration_is_the_whole_run(two_ranks):
     assert config.model.residual_source == "raw"  # nobody set it
 
 
+def test_the_doctor_warns_once_when_a_run_starts(command, two_ranks):
+    assert "warning: " not in two_ranks.finished.output
+    run = command.train(ranks=2, max_steps=2, sample__every=0, optimizer__grad_clip=0)
+    assert run.finished.output.count("warning: optimizer.grad_clip: 0 disables clipping") == 1
+
+
 @pytest.mark.parametrize(("ranks", "precision"), [(1, "fp32"), (2, "bf16")])
 def test_a_run_holds_the_bytes_that_its_dry_run_counts(command, ranks, precision):
     """All that lasts from step to step; what autograd keeps is measured in tests/unit/test_dry_run.py."""

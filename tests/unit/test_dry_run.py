@@ -47,6 +47,12 @@ def test_operations_at_paper_size_are_those_of_the_paper_notes(paper_run):
     assert paper_run.flops["context of all prompts, once per run"] / 1001 == pytest.approx(41.9e9, rel=0.02)
 
 
+def test_the_table_ends_with_the_warnings_of_the_doctor():
+    config = parse_config(["--config=training/configs/digits.yaml", "--optimizer.grad_clip=0"])
+    table = format_table(config, dry_run(config, Assumptions(gpus=1)), Assumptions(gpus=1))
+    assert table.splitlines()[-1].startswith("warning: optimizer.grad_clip: 0 disables clipping")
+
+
 def test_memory_at_paper_size_follows_the_sharding_arithmetic(paper_run):
     """ZeRO-2 on 8 ranks: bf16 weights whole; float32 gradients and 16 bytes a parameter of optimizer state an eighth each."""
     trained = paper_run.parameters["trained"]
