@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from latte_flow.model.backbone import checkpoint_folder, fingerprint, load_tokenizer, load_vlm, read_vlm_config
-from latte_flow.model.codecs import LatentCodec, apply_preset, load_codec
+from latte_flow.model.codecs import LatentCodec, codec_checkpoint, load_codec
 from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.context import tokenize_prompts, truncate_prompts
 from latte_flow.model.latte_flow import LatteFlowModel
@@ -33,6 +33,7 @@ from latte_flow.training.configs.fields import TrainingConfig
 from latte_flow.training.data.datasets import load_image_dataset
 from latte_flow.training.data.images import ImageDataset
 from latte_flow.training.data.latents.dataset import LatentDataset
+from latte_flow.training.data.sources import find_source
 from latte_flow.training.distributed.batch_layout import BatchLayout
 from latte_flow.training.distributed.ranks import Ranks
 from latte_flow.training.distributed.zero import mark_universal
@@ -103,7 +104,7 @@ def build_components(config: TrainingConfig, images: Images, saved: Path) -> Com
 def build_meta_components(config: TrainingConfig) -> MetaComponents:
     """Build the VLM, the codec and the network's configuration on the meta device: no weights are read or initialised.
 
-    Data are read only for the prompts of a tiny VLM. Otherwise digits are assumed to be grey and all other images RGB.
+    Data are read only for the prompts of a tiny VLM. Otherwise the images are assumed to have their source's channels.
 
     Raises:
         UserError: as ``build_components``.
@@ -119,7 +120,7 @@ def build_meta_components(config: TrainingConfig) -> MetaComponents:
             )
             prompt_ids = tokenize_prompts(tokenizer, prompts)["input_ids"]
         else:
-            image_channels = 1 if config.data.dataset == "digits" else 3
+            image_channels = find_source(config.data.dataset).image_channels
             with naming("vlm"):
                 vlm_config, prompt_ids = read_vlm_config(_configuration_source(config.vlm.path)), None
         codec = _build_codec(config, image_channels, meta=True)
@@ -206,7 +207,7 @@ def _build_codec(config: TrainingConfig, image_channels: int, *, meta: bool = Fa
     arguments: dict[str, Any] = asdict(config.codec) | {"image_channels": image_channels}
     with naming("codec"):
         if meta:
-            path, _ = apply_preset(config.codec.preset, config.codec.path, config.codec.scaling_factor)
+            path = codec_checkpoint(**arguments)
             arguments["path"] = path and _configuration_source(path)
         codec = load_codec(**arguments, dtype=compute_dtype(config), meta=meta)
     if codec.image_channels != image_channels:
