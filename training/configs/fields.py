@@ -125,7 +125,7 @@ class DataConfig:
         resolution: side of the square images in pixels; images of other sizes are resized and center-cropped as in ADM.
         prompt_template: the user message; {} stands for the class name or the caption.
         null_prompt: the user message of the null condition of classifier-free guidance.
-        max_prompt_tokens: longer prompts are truncated at the end; all contexts are padded to the longest prompt.
+        max_prompt_tokens: longer prompts are truncated at the end. All are padded to one length: see docs/train.md, "Prompts".
         condition_drop: fraction of samples whose prompt is replaced by the null prompt (paper: 0.1).
         horizontal_flip: whether half of the images are mirrored.
         num_workers: data worker processes per rank; 0 prepares batches in the training process.

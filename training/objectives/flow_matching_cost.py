@@ -96,6 +96,6 @@ def _run_micro_batch(parts: MetaParts, prompts: dict[str, Tensor], context: Cont
         torch.empty(rows, device=META),
         context=context,
         context_rows=torch.empty(rows, dtype=torch.long, device=META),
-        prompt_inputs=prompts if context is None else None,
+        prompt_inputs={name: tokens[:rows] for name, tokens in prompts.items()} if context is None else None,
     )
     return flow_matching_loss(velocity, latents, latents)

@@ -87,6 +87,7 @@ def read_captions(table: Any, config: DataConfig) -> tuple[Sequence[str], np.nda
             )
         # large_string: offsets of 64 bits, for more than 2 GiB of captions.
         encoded = values.cast(pa.large_string()).dictionary_encode().combine_chunks()
+        pa.default_memory_pool().release_unused()  # the hash table of all captions
         return StoredTexts(encoded.dictionary), encoded.indices.to_numpy(), None
     limits = pc.min_max(values).as_py()
     if limits["min"] < 0:
