@@ -108,7 +108,7 @@ NUM_CAPTIONS = 1_000_000
 RANK = """
 import json, re, sys
 import torch
-from latte_flow.model.backbone import build_tiny_tokenizer
+from latte_flow.model.tiny_vlm import build_tiny_tokenizer
 from latte_flow.training import main  # all that a rank imports
 from latte_flow.training.configs.fields import DataConfig
 from latte_flow.training.data.datasets import load_image_dataset
