@@ -1,14 +1,17 @@
-"""Latent codecs: images in [-1, 1] to the latents that the flow runs in, and back.
+"""Latent codecs: images in [-1, 1] to the latents that the flow runs in, and back, in a table that is open from outside.
 
-Two kinds: ``PixelCodec``, an invertible rearrangement of pixels (the identity at patch 1), and ``DCAECodec``, the deep
+Built in: ``PixelCodec``, an invertible rearrangement of pixels (the identity at patch 1), and ``DCAECodec``, the deep
 compression autoencoder DC-AE through diffusers (32x downsampling, the paper's choice).
 
 Shapes: B batch, c image channels, (R, R) resolution, C latent channels, (H, W) latent size.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderDC, ConfigMixin, ModelMixin
@@ -17,8 +20,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from latte_flow.model.files import locate
+from latte_flow.model.tables import Entry, enter, look_up
 
-CODECS = ("pixel", "dc-ae")
 SCALING_TOLERANCE = 1e-4
 
 
@@ -62,6 +65,25 @@ def apply_preset(
     return path if path is not None else known.checkpoint, known.scaling_factor
 
 
+@dataclass(frozen=True)
+class CodecSpec:
+    """The settings of a codec. Each kind of codec uses those it needs.
+
+    Attributes:
+        path: folder or hub id of its checkpoint; None for the preset's.
+        preset: a key of ``PRESETS``.
+        scaling_factor: checked against the checkpoint's.
+        image_channels: c.
+        patch: side of a latent position in pixels.
+    """
+
+    path: str | Path | None = None
+    preset: str | None = None
+    scaling_factor: float | None = None
+    image_channels: int = 3
+    patch: int = 1
+
+
 class LatentCodec(ModelMixin, ConfigMixin):
     """What training and sampling need of an autoencoder; diffusers saves and loads it as a component of a pipeline.
 
@@ -77,6 +99,30 @@ class LatentCodec(ModelMixin, ConfigMixin):
     latent_channels: int
     downsampling: int
     scaling_factor: float = 1.0
+
+    @classmethod
+    def from_spec(cls, spec: CodecSpec, dtype: torch.dtype, *, meta: bool) -> "LatentCodec":
+        """Build the codec in eval mode, its weights in ``dtype``.
+
+        Args:
+            spec: its settings.
+            dtype: type of the weights.
+            meta: build the weights on the meta device, without reading them.
+
+        Raises:
+            ValueError: when a setting is invalid; the message begins with its name.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def checkpoint(cls, spec: CodecSpec) -> str | Path | None:
+        """Return the folder or hub id that ``from_spec`` reads, whose files a run records; None if it reads none."""
+        return None
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether encoding computes with weights, so that their type matters."""
+        return any(parameter.numel() for parameter in self.parameters())
 
     def to(self, *args, **kwargs) -> "LatentCodec":
         """Move or cast as torch does; diffusers' own would warn of modules to keep in float32 even where there are none."""
@@ -107,6 +153,20 @@ class LatentCodec(ModelMixin, ConfigMixin):
         raise NotImplementedError
 
 
+CODECS: dict[str, type[LatentCodec]] = {}
+"""Name (``codec.kind``) -> class of the codec."""
+
+
+def register_codec(name: str) -> Callable[[Entry], Entry]:
+    """Enter a subclass of ``LatentCodec`` into the table.
+
+    Raises:
+        ValueError: when the name is taken.
+    """
+    return partial(enter, CODECS, name)
+
+
+@register_codec("pixel")
 class PixelCodec(LatentCodec):
     """Space-to-depth: each patch x patch square of pixels becomes the channels of one latent position. Exactly invertible.
 
@@ -123,6 +183,11 @@ class PixelCodec(LatentCodec):
         self.downsampling = patch
         # diffusers and accelerate read a component's device and type from its parameters, and this one has no others.
         self.placement = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    @classmethod
+    def from_spec(cls, spec: CodecSpec, dtype: torch.dtype, *, meta: bool) -> "PixelCodec":
+        """See LatentCodec. It has no weights to leave out."""
+        return cls(spec.image_channels, spec.patch).to(dtype).eval()
 
     def encode(self, images: Tensor) -> Tensor:
         p = self.downsampling
@@ -145,6 +210,7 @@ class PixelCodec(LatentCodec):
         return cls.from_config(cls.load_config(path)).to(torch_dtype or torch.float32).eval()
 
 
+@register_codec("dc-ae")
 class DCAECodec(LatentCodec):
     """DC-AE: diffusers' AutoencoderDC, its latents multiplied by the checkpoint's scaling factor.
 
@@ -172,6 +238,26 @@ class DCAECodec(LatentCodec):
         self.image_channels = autoencoder.config.in_channels
         self.latent_channels = autoencoder.config.latent_channels
         self.downsampling = autoencoder.spatial_compression_ratio
+
+    @classmethod
+    def from_spec(cls, spec: CodecSpec, dtype: torch.dtype, *, meta: bool) -> "DCAECodec":
+        """See LatentCodec."""
+        path, scaling_factor = apply_preset(spec.preset, spec.path, spec.scaling_factor)
+        if path is None:
+            raise ValueError(
+                "path: missing; kind dc-ae needs a folder or hub id of a diffusers AutoencoderDC, or a preset "
+                f"({', '.join(PRESETS)})"
+            )
+        if meta:
+            with torch.device("meta"):
+                return cls(AutoencoderDC.from_config(_read_settings(path)), scaling_factor)
+        return cls.from_pretrained(path, scaling_factor=scaling_factor, torch_dtype=dtype)
+
+    @classmethod
+    def checkpoint(cls, spec: CodecSpec) -> str | Path | None:
+        """See LatentCodec."""
+        path, _ = apply_preset(spec.preset, spec.path, spec.scaling_factor)
+        return path
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """Write the autoencoder as diffusers does; its config.json has the scaling factor."""
@@ -226,54 +312,41 @@ class DCAECodec(LatentCodec):
         Rounded, so that the type the weights are loaded in does not matter; of the encoder alone, because an autoencoder whose
         decoder was tuned has the same latents.
         """
-        digest = hashlib.sha256(f"{self.scaling_factor:.6g}".encode())
-        for name, weight in sorted(self.autoencoder.encoder.state_dict().items()):
-            digest.update(f"{name} {tuple(weight.shape)}".encode())
-            bits = weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
-            digest.update(bits.numpy().tobytes())
-        return digest.hexdigest()
+        return weights_fingerprint(self.autoencoder.encoder, self.scaling_factor)
 
 
-def load_codec(
-    kind: str,
-    *,
-    path: str | Path | None = None,
-    preset: str | None = None,
-    scaling_factor: float | None = None,
-    image_channels: int = 3,
-    patch: int = 1,
-    dtype: torch.dtype | None = None,
-    meta: bool = False,
-) -> LatentCodec:
-    """Build a codec.
+def weights_fingerprint(network: nn.Module, scaling_factor: float) -> str:
+    """Return the SHA-256 of a network's weights, rounded to bfloat16, and of the factor its latents are multiplied by."""
+    digest = hashlib.sha256(f"{scaling_factor:.6g}".encode())
+    for name, weight in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        bits = weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+        digest.update(bits.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_codec(kind: str, *, dtype: torch.dtype | None = None, meta: bool = False, **settings: Any) -> LatentCodec:
+    """Build a codec in eval mode.
 
     Args:
-        kind: ``pixel`` or ``dc-ae``.
-        path: folder or hub id of a diffusers AutoencoderDC, for ``dc-ae``; None for the preset's.
-        preset: a key of ``PRESETS``, for ``dc-ae``: the checkpoint's scaling factor must be the preset's.
-        scaling_factor: checked against the checkpoint's, for ``dc-ae``.
-        image_channels: c, for ``pixel``.
-        patch: side of a latent position in pixels, for ``pixel``.
-        dtype: type of the autoencoder's weights; None for float32.
-        meta: build it on the meta device, in float32: of the checkpoint only its config.json is read.
+        kind: a key of ``CODECS``.
+        dtype: type of its weights; None for float32.
+        meta: build it on the meta device, in float32: of a checkpoint only its config.json is read.
+        settings: the fields of ``CodecSpec``.
 
     Raises:
         ValueError: when the kind is unknown, or the checkpoint is missing or another model's.
     """
-    if kind == "pixel":
-        return PixelCodec(image_channels, patch).to(dtype or torch.float32).eval()
-    if kind != "dc-ae":
-        raise ValueError(f"kind: {kind!r} is unknown; accepted values: {', '.join(CODECS)}")
-    path, scaling_factor = apply_preset(preset, path, scaling_factor)
-    if path is None:
-        raise ValueError(
-            "path: missing; kind dc-ae needs a folder or hub id of a diffusers AutoencoderDC, or a preset "
-            f"({', '.join(PRESETS)})"
-        )
-    if meta:
-        with torch.device("meta"):
-            return DCAECodec(AutoencoderDC.from_config(_read_settings(path)), scaling_factor)
-    return DCAECodec.from_pretrained(path, scaling_factor=scaling_factor, torch_dtype=dtype)
+    return look_up(CODECS, kind, "kind").from_spec(CodecSpec(**settings), dtype or torch.float32, meta=meta)
+
+
+def codec_checkpoint(kind: str, **settings: Any) -> str | Path | None:
+    """Return the folder or hub id that ``load_codec`` reads with these arguments; None if it reads none.
+
+    Raises:
+        ValueError: when the kind or the preset is unknown.
+    """
+    return look_up(CODECS, kind, "kind").checkpoint(CodecSpec(**settings))
 
 
 def _read_settings(path: str | Path) -> dict:

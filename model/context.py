@@ -161,7 +161,7 @@ def message_ids(tokenizer, text: str, *, with_image: bool = False) -> list[int]:
 def truncate_prompts(tokenizer, prompts: Sequence[str], max_tokens: int | None) -> list[str]:
     """Return prompts of at most ``max_tokens`` tokens each; longer ones lose their end, None keeps all.
 
-    All prompts of a run are padded to the longest, so one caption of a thousand words would make every context as large.
+    All prompts of a run are padded to one length, so one caption of a thousand words would make every context as large.
     """
     if max_tokens is None or not prompts:
         return list(prompts)
@@ -170,21 +170,6 @@ def truncate_prompts(tokenizer, prompts: Sequence[str], max_tokens: int | None) 
         prompt if len(ids) <= max_tokens else tokenizer.decode(ids[:max_tokens]).rstrip("\ufffd")  # half a character
         for prompt, ids in zip(prompts, encoded, strict=True)
     ]
-
-
-def select_prompts(prompt_inputs: Mapping[str, Tensor], rows: Tensor) -> tuple[Mapping[str, Tensor], Tensor]:
-    """Return the prompts to encode for a batch, and each sample's row among them.
-
-    All P prompts when there are no more of them than samples, otherwise one a sample: whichever is less work. The choice depends
-    on shapes alone, so it is the same in every step.
-
-    Args:
-        prompt_inputs: tokenized prompts, [P, S] each.
-        rows: the prompt of each sample, integers, [B].
-    """
-    if len(prompt_inputs["input_ids"]) <= len(rows):
-        return prompt_inputs, rows
-    return {name: tokens[rows] for name, tokens in prompt_inputs.items()}, torch.arange(len(rows), device=rows.device)
 
 
 def encode_context(

@@ -47,7 +47,7 @@ def locate(path: str | Path, *, download: bool = True) -> str:
     return text
 
 
-def is_hub_id(text: str) -> bool:
+def is_hub_id(text: str, repo_type: str = "model") -> bool:
     """Return whether a text names a hub repository, not a path: a file, or a missing folder in a folder that exists."""
     try:
         validate_repo_id(text)
@@ -56,13 +56,13 @@ def is_hub_id(text: str) -> bool:
     if os.path.lexists(text):
         return False
     parent = os.path.dirname(text)
-    return not parent or not os.path.exists(parent) or cached_snapshot(text) is not None
+    return not parent or not os.path.exists(parent) or cached_snapshot(text, repo_type) is not None
 
 
-def cached_snapshot(hub_id: str) -> Path | None:
+def cached_snapshot(hub_id: str, repo_type: str = "model") -> Path | None:
     """Return the folder of a hub repository in the local cache, or None; it may lack files that were never downloaded."""
     try:
-        return Path(snapshot_download(hub_id, local_files_only=True))
+        return Path(snapshot_download(hub_id, repo_type=repo_type, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
 

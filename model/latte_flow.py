@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from latte_flow.model.attention import ContextKeyValues, Residual
 from latte_flow.model.configuration import LatteFlowConfig, load_network_config
-from latte_flow.model.context import Context, as_key_values, encode_context, select_prompts
+from latte_flow.model.context import Context, as_key_values, encode_context
 from latte_flow.model.files import locate
 from latte_flow.model.generation_layer import GenerationLayer, set_initial_std
 from latte_flow.model.position import float32_positions, rotary_2d
@@ -210,7 +210,6 @@ class LatteFlowModel(PreTrainedModel):
             )
         if context is None:
             assert prompt_inputs is not None, "a batch comes with its context, or with the tokens of its prompts"
-            prompt_inputs, context_rows = select_prompts(prompt_inputs, context_rows)
             context = self.encode_context(prompt_inputs)
         parts = (x.chunk(self.experts.num_groups) for x in (noisy_latents, timesteps, context_rows))
         velocities = []

@@ -3,6 +3,7 @@
 It is a real Qwen2VLForConditionalGeneration with a tokenizer of its own, so the whole framework runs with no download.
 """
 
+import itertools
 from collections.abc import Iterable
 from typing import cast
 
@@ -49,7 +50,7 @@ def build_tiny_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrai
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*texts, "user\nassistant\n"], trainer)
+    tokenizer.train_from_iterator(itertools.chain(texts, ["user\nassistant\n"]), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|endoftext|>",

@@ -32,7 +32,7 @@ from diffusers import AutoencoderDC
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from latte_flow.model.attention import AttentionSpec, ContextKeyValues, joint_attention
-from latte_flow.model.codecs import PixelCodec, load_codec
+from latte_flow.model.codecs import load_codec
 from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.context import encode_context, tokenize_prompts
 from latte_flow.model.latte_flow import LatteFlowModel
@@ -178,18 +178,17 @@ def benchmark_sample(size: str, batch_size: int, steps: int) -> list[dict]:
 
 def write_latents(folder: Path, codec, resolution: int, count: int) -> None:
     """Write random latents of unit variance in the format of tools/encode_latents.py."""
-    is_pixel = isinstance(codec, PixelCodec)
     shape = (codec.latent_channels, *codec.latent_size(resolution))
     settings = {
         "format": FORMAT,
         "source": {"dataset": "random", "path": None, "fingerprint": "random"},
         "codec": {
-            "kind": "pixel" if is_pixel else "dc-ae",
+            "kind": type(codec).__name__,
             "path": None,
             "fingerprint": codec.fingerprint(),
             "scaling_factor": codec.scaling_factor,
             "image_channels": codec.image_channels,
-            "precision": None if is_pixel else "bf16",
+            "precision": "bf16" if codec.has_weights else None,
         },
         "resolution": resolution,
         "latent_shape": list(shape),

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from latte_flow.tools.command_line import run_function
-from latte_flow.training.data.datasets import digits_split
+from latte_flow.training.data.sources.digits import digits_split
 from latte_flow.training.errors import UserError
 
 IMAGE_SIZE = (8, 8)

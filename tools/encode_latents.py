@@ -2,8 +2,9 @@
 
     python tools/encode_latents.py --source PATH --output DIR [--codec PATH|PRESET|pixel] [--resolution 256] [--batch_size N]
 
---source is a folder of images (one folder per class), Parquet files, WebDataset tars, a saved data set, or digits. DIR becomes a
-data set that training reads (data.dataset latents, data.path DIR) and datasets.load_from_disk opens; see training/data/latents/.
+--source is a folder of images (one folder per class), Parquet files, WebDataset tars, a saved data set, or digits; with --dataset
+hf, whatever datasets.load_dataset loads. DIR becomes a data set that training reads (data.dataset latents, data.path DIR) and
+datasets.load_from_disk opens; see training/data/latents/.
 
 Under torchrun, deepspeed or srun with RANK and WORLD_SIZE set, rank r encodes the shards r, r + W, r + 2 W, ...; the result is
 the same with any number of ranks. After a kill, the same command resumes; finished shards are not encoded again.
@@ -20,14 +21,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from latte_flow.model.codecs import PRESETS, LatentCodec, load_codec
+from latte_flow.model.codecs import CODECS, PRESETS, LatentCodec, load_codec
 from latte_flow.tools.command_line import check_paths, check_positive, run_function
 from latte_flow.training.configs.fields import DataConfig
 from latte_flow.training.data.datasets import load_image_dataset
 from latte_flow.training.data.images import ImageDataset
 from latte_flow.training.data.latents.dataset import FORMAT, latent_columns
 from latte_flow.training.data.latents.writer import LatentWriter
-from latte_flow.training.data.sources import detect_dataset
+from latte_flow.training.data.sources import SOURCES, detect_dataset, find_source
 from latte_flow.training.errors import UserError, naming
 from latte_flow.training.monitor.progress import hide_library_bars, progress_bar
 
@@ -41,8 +42,11 @@ def encode_latents(
     output: str,
     codec: str = DEFAULT_PRESET,
     scaling_factor: float | None = None,
+    codec_path: str | None = None,
     patch: int = 1,
-    dataset: Literal["digits", "imagefolder", "parquet", "webdataset", "saved"] | None = None,
+    dataset: str | None = None,
+    split: str = "train",
+    subset: str | None = None,
     image_column: str = "auto",
     text_column: str = "auto",
     class_names: str | None = None,
@@ -61,12 +65,15 @@ def encode_latents(
     """Encode images into latents for training.
 
     Args:
-        source: images: a folder or file, or digits
+        source: images: a folder or file; the name of a data set on the hub, with dataset hf; or digits
         output: output folder; one that is incomplete is resumed
-        codec: folder or hub id of an AutoencoderDC; dc-ae-f32c32-in-1.0, dc-ae-f32c32-sana-1.0; or pixel
+        codec: folder or hub id of an AutoencoderDC; dc-ae-f32c32-in-1.0, dc-ae-f32c32-sana-1.0; pixel; or one that was registered
         scaling_factor: checked against the checkpoint's
+        codec_path: folder or hub id, for a registered codec that has a checkpoint
         patch: side of a latent position in pixels, for pixel
-        dataset: kind of data; default: detected from the source
+        dataset: kind of data, as data.dataset; default: detected from the source
+        split: split to encode, for hf
+        subset: configuration of the data set, for hf
         image_column: column of images; auto: 'image', or the only one
         text_column: column of captions or classes; auto: text, caption, txt, label or cls
         class_names: class names: imagenet-1k or a file; see data.class_names
@@ -86,7 +93,7 @@ def encode_latents(
         UserError: when an argument, the source or the codec is invalid, the output holds something else, more images are broken
             than accepted, or (rank 0) another rank has stopped.
     """
-    check_paths(source=source, output=output, codec=codec)
+    check_paths(source=source, output=output, codec=codec, codec_path=codec_path)
     check_positive(resolution=resolution, batch_size=batch_size, shard_size=shard_size, patch=patch)
     if num_workers < 0:
         raise UserError(f"num_workers: got {num_workers}; accepted: 0 or more")
@@ -95,14 +102,16 @@ def encode_latents(
     if not 0 <= rank < world_size:
         raise UserError(f"RANK: got {rank} with WORLD_SIZE {world_size}; accepted: 0 to WORLD_SIZE - 1")
     hide_library_bars()
-    if dataset is None:
-        dataset = "digits" if source == "digits" else detect_dataset(Path(source))
-    elif dataset == "latents":
-        raise UserError("dataset: latents; accepted: a data set of images")
+    path = None if source in SOURCES else source
+    dataset = dataset or (source if path is None else detect_dataset(Path(source)))
+    if find_source(dataset).encoded:
+        raise UserError(f"dataset: {dataset}; accepted: a data set of images")
     images = load_image_dataset(
         DataConfig(
             dataset=dataset,
-            path=None if dataset == "digits" else source,
+            path=path,
+            split=split,
+            subset=subset,
             image_column=image_column,
             text_column=text_column,
             class_names=class_names,
@@ -110,19 +119,34 @@ def encode_latents(
             resolution=resolution,
         )
     )
+    kind, codec_path = (codec, codec_path) if codec in CODECS else ("dc-ae", codec)
     encoder = _load_encoder(
-        codec, scaling_factor, patch, image_channels=images.image_channels, resolution=resolution, precision=precision
+        kind,
+        codec_path,
+        scaling_factor,
+        patch,
+        image_channels=images.image_channels,
+        resolution=resolution,
+        precision=precision,
     )
     device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     origin = {
         "dataset": dataset,
-        "path": None if dataset == "digits" else str(Path(source).absolute()),
+        "path": str(Path(path).absolute()) if path is not None and Path(path).exists() else path,
         "fingerprint": images.fingerprint,
         "image_column": image_column,
         "text_column": text_column,
     }
     settings = _settings(
-        images, origin, encoder, codec, precision=precision, resolution=resolution, flips=flip, shard_size=shard_size
+        images,
+        origin,
+        encoder,
+        kind,
+        codec_path,
+        precision=precision,
+        resolution=resolution,
+        flips=flip,
+        shard_size=shard_size,
     )
     writer = LatentWriter(Path(output), settings)
     if writer.is_finished:
@@ -144,7 +168,8 @@ def _settings(
     images: ImageDataset,
     origin: dict,
     encoder: LatentCodec,
-    codec: str,
+    kind: str,
+    codec_path: str | None,
     *,
     precision: str,
     resolution: int,
@@ -152,17 +177,16 @@ def _settings(
     shard_size: int,
 ) -> dict:
     """Return all that determines the result, as LatentWriter takes it."""
-    kind, path = _kind_and_path(codec)
     return {
         "format": FORMAT,
         "source": origin,
         "codec": {
             "kind": kind,
-            "path": path,
+            "path": codec_path,
             "fingerprint": encoder.fingerprint(),
             "scaling_factor": encoder.scaling_factor,
             "image_channels": encoder.image_channels,
-            "precision": precision if kind == "dc-ae" else None,
+            "precision": precision if encoder.has_weights else None,
         },
         "resolution": resolution,
         "latent_shape": [encoder.latent_channels, *encoder.latent_size(resolution)],
@@ -185,26 +209,27 @@ def _report(manifest: dict, output: str) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def _kind_and_path(codec: str) -> tuple[str, str | None]:
-    """Return the codec's kind, and its folder, hub id or preset, from the single --codec argument."""
-    return ("pixel", None) if codec == "pixel" else ("dc-ae", codec)
-
-
 def _load_encoder(
-    codec: str, scaling_factor: float | None, patch: int, *, image_channels: int, resolution: int, precision: str
+    kind: str,
+    path: str | None,
+    scaling_factor: float | None,
+    patch: int,
+    *,
+    image_channels: int,
+    resolution: int,
+    precision: str,
 ) -> LatentCodec:
     """Load the codec and check that it accepts these images.
 
     Raises:
         UserError: when it cannot be loaded or does not accept them.
     """
-    kind, path = _kind_and_path(codec)
     try:
         with naming("codec"):
             encoder = load_codec(
                 kind,
-                path=None if codec in PRESETS else path,
-                preset=codec if codec in PRESETS else None,
+                path=None if path in PRESETS else path,
+                preset=path if path in PRESETS else None,
                 scaling_factor=scaling_factor,
                 image_channels=image_channels,
                 patch=patch,

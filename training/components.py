@@ -3,6 +3,7 @@
 They can also be built on the meta device from configurations alone: tensors there have shapes but no data (dry_run.py).
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     PretrainedConfig,
@@ -21,9 +21,8 @@ from transformers import (
 )
 
 from latte_flow.model.backbone import checkpoint_folder, fingerprint, load_tokenizer, load_vlm, read_vlm_config
-from latte_flow.model.codecs import LatentCodec, apply_preset, load_codec
+from latte_flow.model.codecs import LatentCodec, codec_checkpoint, load_codec
 from latte_flow.model.configuration import LatteFlowConfig
-from latte_flow.model.context import tokenize_prompts, truncate_prompts
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.settings import read_settings
 from latte_flow.model.tensor_split import check_tensor_parallel
@@ -33,6 +32,8 @@ from latte_flow.training.configs.fields import TrainingConfig
 from latte_flow.training.data.datasets import load_image_dataset
 from latte_flow.training.data.images import ImageDataset
 from latte_flow.training.data.latents.dataset import LatentDataset
+from latte_flow.training.data.prompts import PromptTokens
+from latte_flow.training.data.sources import find_source
 from latte_flow.training.distributed.batch_layout import BatchLayout
 from latte_flow.training.distributed.ranks import Ranks
 from latte_flow.training.distributed.zero import mark_universal
@@ -60,12 +61,12 @@ class Components(NamedTuple):
 
 
 class MetaComponents(NamedTuple):
-    """The components on the meta device, and the token ids [P, S] of the prompts; None with ``vlm.path``, which reads no data."""
+    """The components on the meta device, and the tokens of the prompts; None with ``vlm.path``, which reads no data."""
 
     vlm: PreTrainedModel
     codec: LatentCodec
     model_config: LatteFlowConfig
-    prompt_ids: Tensor | None
+    prompts: PromptTokens | None
 
 
 def compute_dtype(config: TrainingConfig) -> torch.dtype:
@@ -103,7 +104,7 @@ def build_components(config: TrainingConfig, images: Images, saved: Path) -> Com
 def build_meta_components(config: TrainingConfig) -> MetaComponents:
     """Build the VLM, the codec and the network's configuration on the meta device: no weights are read or initialised.
 
-    Data are read only for the prompts of a tiny VLM. Otherwise digits are assumed to be grey and all other images RGB.
+    Data are read only for the prompts of a tiny VLM. Otherwise the images are assumed to have their source's channels.
 
     Raises:
         UserError: as ``build_components``.
@@ -114,19 +115,17 @@ def build_meta_components(config: TrainingConfig) -> MetaComponents:
             images = load_image_dataset(config.data)
             image_channels = images.image_channels
             vlm_config, tokenizer = tiny_vlm_parts(config, images)
-            prompts = truncate_prompts(
-                tokenizer, [*images.prompts, config.data.null_prompt], config.data.max_prompt_tokens
-            )
-            prompt_ids = tokenize_prompts(tokenizer, prompts)["input_ids"]
+            null_prompt, limit = config.data.null_prompt, config.data.max_prompt_tokens
+            prompts = PromptTokens(tokenizer, images.prompts, null_prompt=null_prompt, max_tokens=limit)
         else:
-            image_channels = 1 if config.data.dataset == "digits" else 3
+            image_channels = find_source(config.data.dataset).image_channels
             with naming("vlm"):
-                vlm_config, prompt_ids = read_vlm_config(_configuration_source(config.vlm.path)), None
+                vlm_config, prompts = read_vlm_config(_configuration_source(config.vlm.path)), None
         codec = _build_codec(config, image_channels, meta=True)
         with torch.device("meta"):
             vlm = AutoModelForImageTextToText.from_config(vlm_config, trust_remote_code=False)
         model_config = _make_model_config(config, vlm_config, codec)
-    return MetaComponents(vlm.requires_grad_(False), codec, model_config, prompt_ids)
+    return MetaComponents(vlm.requires_grad_(False), codec, model_config, prompts)
 
 
 def build_model(
@@ -169,7 +168,8 @@ def describe_run(model: LatteFlowModel, images: Images, ranks: Ranks, layout: Ba
 
 def tiny_vlm_parts(config: TrainingConfig, images: Images) -> tuple[Qwen2VLConfig, PreTrainedTokenizerFast]:
     """Return the configuration and the tokenizer of the tiny VLM of a run without ``vlm.path``."""
-    tokenizer = build_tiny_tokenizer([*images.prompts, config.data.null_prompt], config.vlm.tiny.vocab_size)
+    texts = itertools.chain(images.prompts, [config.data.null_prompt])
+    tokenizer = build_tiny_tokenizer(texts, config.vlm.tiny.vocab_size)
     sizes = {name: value for name, value in vars(config.vlm.tiny).items() if name not in ("vocab_size", "seed")}
     return tiny_vlm_config(tokenizer, **sizes), tokenizer
 
@@ -206,7 +206,7 @@ def _build_codec(config: TrainingConfig, image_channels: int, *, meta: bool = Fa
     arguments: dict[str, Any] = asdict(config.codec) | {"image_channels": image_channels}
     with naming("codec"):
         if meta:
-            path, _ = apply_preset(config.codec.preset, config.codec.path, config.codec.scaling_factor)
+            path = codec_checkpoint(**arguments)
             arguments["path"] = path and _configuration_source(path)
         codec = load_codec(**arguments, dtype=compute_dtype(config), meta=meta)
     if codec.image_channels != image_channels:

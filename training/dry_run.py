@@ -96,9 +96,8 @@ def dry_run(config: TrainingConfig, assumed: Assumptions) -> DryRun:
     """
     kinds = find_objectives(config)
     components = build_meta_components(config)
-    if components.prompt_ids is not None:
-        num_prompts, prompt_tokens = components.prompt_ids.shape
-        assumed = replace(assumed, num_prompts=num_prompts, prompt_tokens=prompt_tokens)
+    if (prompts := components.prompts) is not None:
+        assumed = replace(assumed, num_prompts=len(prompts), prompt_tokens=prompts.length)
     data_size = data_parallel_size(config.tensor_parallel, assumed.gpus)
     layout = make_batch_layout(config, world_size=data_size, rank=0)
     for kind in kinds.values():

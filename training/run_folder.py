@@ -2,11 +2,11 @@
 
 import hashlib
 import uuid
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from latte_flow.model.backbone import checkpoint_folder, load_image_processor
-from latte_flow.model.codecs import apply_preset
+from latte_flow.model.codecs import codec_checkpoint
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.tiny_vlm import build_tiny_image_processor
 from latte_flow.training.checkpoint.formats.source import EXPORT_FILE, read_export_record, require_export_record
@@ -193,14 +193,12 @@ def hash_files(config: TrainingConfig, *, own: bool) -> dict[str, str]:
         own: whether to return those in model/, or those at vlm.path and codec.path; the latter must have been loaded, so that
             hub ids are in the local cache.
     """
-    codec = config.codec
     folders: dict[str, tuple[Path, tuple[str, ...]]] = {}
     if own:
         folders[MODEL_FOLDER] = Path(config.output_dir) / MODEL_FOLDER, MODEL_FILES
     if not own and config.vlm.path is not None:
         folders["vlm.path"] = checkpoint_folder(config.vlm.path), TOKENIZER_FILES
-    if not own and codec.kind == "dc-ae":
-        path, _ = apply_preset(codec.preset, codec.path, codec.scaling_factor)
+    if not own and (path := codec_checkpoint(**asdict(config.codec))) is not None:
         folders["codec.path"] = checkpoint_folder(str(path)), CODEC_FILES
     digests = {}
     for name, (folder, patterns) in folders.items():

@@ -69,5 +69,5 @@ def test_folders_beside_captions_need_no_pictures(root, caplog):
     (root / "notes" / "readme.txt").write_text("three captions")
     lines = [f'{{"file_name": "{name}/0.png", "text": "a {name}"}}\n' for name in ("ant", "bee", "cat")]
     (root / "metadata.jsonl").write_text("".join(lines))
-    assert load(root).captions == ["a ant", "a bee", "a cat"]
+    assert list(load(root).captions) == ["a ant", "a bee", "a cat"]
     assert not caplog.records

@@ -14,7 +14,6 @@ from latte_flow.model.context import (
     as_key_values,
     encode_context,
     message_ids,
-    select_prompts,
     tokenize_prompts,
     truncate_prompts,
 )
@@ -252,19 +251,6 @@ def test_context_of_an_image_prompt_sees_the_picture(vlm):
     behind_first_picture = 9
     assert (a[0, behind_first_picture] - b[0, behind_first_picture]).abs().max() > 1e-3
     assert torch.equal(a[0, :3], b[0, :3])
-
-
-@pytest.mark.parametrize("num_rows", [2, 3, 9])
-def test_a_batch_reads_the_same_context_whether_all_prompts_or_its_own_are_encoded(vlm, num_rows):
-    inputs = text_prompts()
-    rows = torch.arange(num_rows) % len(inputs["input_ids"])
-    everything = encode_context(vlm, inputs, "generation").gather(rows)
-    selected, selected_rows = select_prompts(inputs, rows)
-    assert len(selected["input_ids"]) == min(num_rows, len(inputs["input_ids"]))
-    own = encode_context(vlm, selected, "generation").gather(selected_rows)
-    assert torch.equal(own.mask, everything.mask)
-    for layer, states in everything.states.items():
-        torch.testing.assert_close(own.states[layer], states)
 
 
 def qwen2_tokenizer() -> Qwen2Tokenizer:

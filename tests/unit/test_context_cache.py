@@ -17,6 +17,7 @@ from latte_flow.training.data.context_cache import (
     context_capacity,
     make_context_source,
 )
+from latte_flow.training.data.prompts import PromptTokens
 from tests.unit.test_context import PROJECTIONS, assert_same_on_real_tokens, parts
 
 TEXTS = ["A red apple.", "Seven geese fly over the old mill.", "", "Ünïcode: 数字 🐸", "A red apple."]
@@ -45,7 +46,7 @@ def flat(context, rows):
 class TestContents:
     @pytest.fixture
     def encoder(self, vlm, tokenizer, projection):
-        return PromptEncoder(vlm, tokenizer, TEXTS, projection)
+        return PromptEncoder(vlm, PromptTokens(tokenizer, TEXTS), projection)
 
     @pytest.mark.parametrize("capacity", [0, 7, len(TEXTS)])
     def test_equal_each_prompt_on_its_own(self, encoder, vlm, tokenizer, projection, capacity):
@@ -68,7 +69,7 @@ class TestContents:
                     assert torch.equal(ours, theirs)
 
     def test_are_stored_in_the_type_asked_for_without_gradients(self, vlm, tokenizer, projection):
-        encoder = PromptEncoder(vlm, tokenizer, TEXTS, projection, torch.bfloat16)
+        encoder = PromptEncoder(vlm, PromptTokens(tokenizer, TEXTS), projection, torch.bfloat16)
         states = [x for state in FixedContextCache(encoder).context.states.values() for x in parts(state)]
         assert {x.dtype for x in states} == {torch.bfloat16}
         assert not any(x.requires_grad for x in states)
@@ -85,7 +86,7 @@ class TestContents:
 
 class TestLeastRecentlyUsed:
     def test_the_vlm_runs_for_what_an_ordered_dict_of_the_same_size_lacks(self, vlm, tokenizer, monkeypatch):
-        encoder, runs = PromptEncoder(vlm, tokenizer, TEXTS, "generation"), []
+        encoder, runs = PromptEncoder(vlm, PromptTokens(tokenizer, TEXTS), "generation"), []
         encode = PromptEncoder.encode
         monkeypatch.setattr(PromptEncoder, "encode", lambda self, rows: runs.append(list(rows)) or encode(self, rows))
         cache, model, draws = LRUContextCache(encoder, 8), OrderedDict(), random.Random(1)
@@ -103,11 +104,11 @@ class TestLeastRecentlyUsed:
         assert cache.hits > cache.misses > 8
 
     def test_a_lookup_of_more_prompts_than_fit_is_an_error(self, vlm, tokenizer):
-        cache = LRUContextCache(PromptEncoder(vlm, tokenizer, TEXTS, "generation"), 3)
+        cache = LRUContextCache(PromptEncoder(vlm, PromptTokens(tokenizer, TEXTS), "generation"), 3)
         with pytest.raises(ValueError, match="3 prompts are kept, a lookup contains 4"):
             cache.lookup(torch.arange(4))
         with pytest.raises(ValueError, match="capacity: got 0"):
-            LRUContextCache(PromptEncoder(vlm, tokenizer, TEXTS, "generation"), 0)
+            LRUContextCache(PromptEncoder(vlm, PromptTokens(tokenizer, TEXTS), "generation"), 0)
 
 
 NEEDS = {"num_prompts": 1001, "bytes_per_prompt": 2**20, "batch_prompts": 64}
@@ -137,7 +138,7 @@ class TestCapacity:
             context_capacity(kind, budget=63 * 2**20, **NEEDS)
 
     def test_all_fixed_some_lru_none_uncached(self, vlm, tokenizer):
-        encoder = PromptEncoder(vlm, tokenizer, TEXTS, "generation")
+        encoder = PromptEncoder(vlm, PromptTokens(tokenizer, TEXTS), "generation")
         kinds = [type(make_context_source(encoder, capacity)) for capacity in (len(TEXTS), 3, 0)]
         assert kinds == [FixedContextCache, LRUContextCache, UncachedContext]
 
@@ -150,7 +151,7 @@ def test_prompts_are_encoded_at_one_batch_size(vlm, tokenizer, monkeypatch):
         "encode_context",
         lambda v, inputs, p: sizes.append(inputs["input_ids"].shape) or encode(v, inputs, p),
     )
-    encoder = PromptEncoder(vlm, tokenizer, TEXTS, "generation")
+    encoder = PromptEncoder(vlm, PromptTokens(tokenizer, TEXTS), "generation")
     for count in (1, 5, len(TEXTS)):
         encoder.encode(range(count))
     assert len(set(sizes)) == 1

@@ -2,11 +2,13 @@
 
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import tarfile
+import time
 from pathlib import Path
 
 import datasets
@@ -17,7 +19,7 @@ import torch
 
 from latte_flow.training.configs.fields import DataConfig
 from latte_flow.training.data.datasets import load_image_dataset
-from latte_flow.training.data.whole_files import MappedFiles
+from latte_flow.training.data.whole_files import END_OF_STREAM, MappedFiles
 from latte_flow.training.errors import UserError, exit_code
 from tests.emoji import EMOJI, needs_emoji, write_emoji
 
@@ -196,6 +198,68 @@ def test_whole_tar_files_are_looked_through_once(emoji, tmp_path, monkeypatch):
     assert len(load("webdataset", folder)) == IMAGES
     monkeypatch.setattr(tarfile, "open", None)
     assert len(load("webdataset", folder)) == IMAGES
+
+
+@pytest.fixture
+def validated(monkeypatch):
+    """The tables that are read through, in order."""
+    seen, validate = [], datasets.table.Table.validate
+    monkeypatch.setattr(
+        datasets.table.Table, "validate", lambda self, *, full: seen.append(self) or validate(self, full=full)
+    )
+    return seen
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_table_is_read_through_once_and_not_at_every_start(emoji, tmp_path, validated, kind):
+    folder = copy_of(emoji, kind, tmp_path)
+    for _ in range(3):
+        assert len(load(kind, folder)) == IMAGES
+    assert len(validated) == 1
+
+
+@pytest.mark.parametrize("change", ["size", "modification time"])
+def test_a_file_that_has_changed_is_read_through_again(emoji, tmp_path, validated, change):
+    folder = copy_of(emoji, "saved", tmp_path)
+    file = folder / FILES["saved"][0]
+    caption = load("saved", folder).captions[0].encode()
+    found = os.stat(file)
+    flip(file, file.read_bytes().index(caption), 7)
+    if change == "size":
+        with file.open("ab") as stream:
+            stream.write(END_OF_STREAM)
+        os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns))
+    with pytest.raises(UserError, match=rf"data\.path: {file} .*accepted: "):
+        load("saved", folder)
+    assert len(validated) > 1
+
+
+def test_of_several_ranks_one_reads_the_table_and_the_others_wait(emoji, tmp_path, monkeypatch):
+    folder, calls = copy_of(emoji, "saved", tmp_path), tmp_path / "calls"
+    validate = datasets.table.Table.validate
+
+    def slow(self, *, full):
+        with calls.open("a") as stream:
+            stream.write("read\n")
+        time.sleep(0.3)
+        validate(self, full=full)
+
+    monkeypatch.setattr(datasets.table.Table, "validate", slow)
+    ranks = [multiprocessing.get_context("fork").Process(target=load, args=("saved", folder)) for _ in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+    assert calls.read_text() == "read\n"
+
+
+def test_a_cache_that_cannot_be_written_has_tables_read_at_every_start(emoji, tmp_path, validated, monkeypatch):
+    folder = copy_of(emoji, "saved", tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("/proc/nowhere"))
+    for _ in range(2):
+        assert len(load("saved", folder)) == IMAGES
+    assert len(validated) == 2
 
 
 def test_a_saved_table_cut_off_between_two_batches_is_found(emoji, tmp_path):

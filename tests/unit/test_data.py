@@ -16,8 +16,9 @@ from sklearn.datasets import load_digits
 from latte_flow.model.randomness import Stream, uniform
 from latte_flow.model.timestep_experts import TimestepExperts
 from latte_flow.training.configs.fields import DataConfig
-from latte_flow.training.data.datasets import ImageDataset, digits_split, load_image_dataset
+from latte_flow.training.data.datasets import ImageDataset, load_image_dataset
 from latte_flow.training.data.loader import MicroBatchSampler, make_loader
+from latte_flow.training.data.sources.digits import digits_split
 from latte_flow.training.distributed.batch_layout import BatchLayout
 from latte_flow.training.errors import UserError
 from latte_flow.training.objectives.flow_matching import FlowMatchingBatch, FlowMatchingSamples
@@ -313,7 +314,7 @@ class TestParquet:
             assert image.dtype == torch.float32
             np.testing.assert_allclose((image.numpy() + 1) * 127.5, np.asarray(picture).transpose(2, 0, 1), atol=1e-3)
             assert dataset.prompts[row] == f"a {self.TEXTS[i]}!"
-        assert dataset.prompts == ["a cat!", "a dog!", "a cow!"]  # each once
+        assert list(dataset.prompts) == ["a cat!", "a dog!", "a cow!"]  # each once
 
     def test_class_labels_are_prompts_in_their_own_order(self, tmp_path):
         labels = datasets.ClassLabel(names=["zebra", "ape", "never seen"])

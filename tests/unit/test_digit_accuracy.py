@@ -11,7 +11,7 @@ from sklearn.metrics import recall_score
 from sklearn.svm import SVC
 
 from latte_flow.tools.digit_accuracy import digit_accuracy, fit_classifier, read_samples, run
-from latte_flow.training.data.datasets import digits_split
+from latte_flow.training.data.sources.digits import digits_split
 from latte_flow.training.errors import UserError
 
 

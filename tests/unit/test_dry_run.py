@@ -15,6 +15,7 @@ from latte_flow.training.configs.fields import Assumptions
 from latte_flow.training.configs.parser import parse_command, parse_config
 from latte_flow.training.data.context_cache import FixedContextCache, PromptEncoder
 from latte_flow.training.data.datasets import load_image_dataset
+from latte_flow.training.data.prompts import PromptTokens
 from latte_flow.training.distributed.batch_layout import make_batch_layout
 from latte_flow.training.dry_run import dry_run, format_table
 from latte_flow.training.errors import UserError
@@ -104,7 +105,9 @@ def test_activations_agree_with_the_memory_a_real_forward_takes(tmp_path):
     config = parse_config(["--global_batch_size", "1024"])
     predicted = dry_run(config, Assumptions(gpus=1)).memory["activations kept for the backward pass"]
     images, vlm, tokenizer, model = build(config, tmp_path)
-    context = FixedContextCache(PromptEncoder(vlm, tokenizer, [*images.prompts, ""], "generation")).context
+    context = FixedContextCache(
+        PromptEncoder(vlm, PromptTokens(tokenizer, images.prompts, null_prompt=""), "generation")
+    ).context
     batch = torch.randn(1024, 1, 8, 8), torch.rand(1024) * 1000
     rows = torch.zeros(1024, dtype=torch.long)
     model(batch[0][:8], batch[1][:8], context=context, context_rows=rows[:8])  # libraries take their own memory once

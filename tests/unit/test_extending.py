@@ -7,17 +7,24 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from latte_flow.model.backbone import BACKBONES, load_vlm
+from latte_flow.model.codecs import CODECS, load_codec
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.solvers import SOLVERS, integrate
 from latte_flow.model.time_grids import TIME_GRIDS, make_timesteps, uniform_timesteps
 from latte_flow.model.timestep_experts import TimestepExperts
 from latte_flow.model.tiny_vlm import build_tiny_tokenizer
-from latte_flow.training.configs.fields import Assumptions
+from latte_flow.tools.encode_latents import encode_latents
+from latte_flow.training.configs.fields import Assumptions, DataConfig
 from latte_flow.training.configs.parser import parse_config
+from latte_flow.training.data.datasets import load_image_dataset
+from latte_flow.training.data.sources import SOURCES, find_source
 from latte_flow.training.dry_run import dry_run, format_table
+from latte_flow.training.errors import UserError
 from latte_flow.training.objectives.base import OBJECTIVES
+from latte_flow.training.run_folder import hash_files
 from tests.tiny import make_model, noise, text_prompts, vlm_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
@@ -97,3 +104,54 @@ def test_an_objective_in_the_dry_run():
     assert both.memory[f"{label}, unit_scale"] == alone.memory[label] > 0
     assert sum(both.memory.values()) == sum(flow.memory.values()) + alone.memory[label]
     assert f"  {label}, unit_scale " in format_table(config, both, Assumptions(gpus=2))
+
+
+@pytest.fixture
+def vae(tmp_path) -> str:
+    """A tiny AutoencoderKL for grey images, with random weights."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    sizes = {"in_channels": 1, "out_channels": 1, "block_out_channels": [8, 8], "norm_num_groups": 2}
+    AutoencoderKL(**blocks, **sizes, latent_channels=2, scaling_factor=0.5).save_pretrained(tmp_path / "vae")
+    return str(tmp_path / "vae")
+
+
+def test_a_codec(tmp_path, vae):
+    """It encodes, decodes, has a place in a run's record and in a saved pipeline, and makes latents that know it again."""
+    with patch.dict(CODECS):
+        exec(example("Codec"), scope := {"__name__": __name__})
+        codec = load_codec("kl", path=vae)
+        images = torch.rand(2, 1, 8, 8) * 2 - 1
+        latents = codec.encode(images)
+        assert latents.shape == (2, codec.latent_channels, *codec.latent_size(8)) == (2, 2, 4, 4)
+        assert codec.decode(latents).shape == images.shape
+        torch.testing.assert_close(latents, codec.vae.encode(images).latent_dist.mean * 0.5)
+        assert {p.device.type for p in load_codec("kl", path=vae, meta=True).parameters()} == {"meta"}
+        config = parse_config(["--codec.kind", "kl", "--codec.path", vae])
+        assert "codec.path/config.json" in hash_files(config, own=False)
+        codec.save_pretrained(tmp_path / "saved")
+        assert scope["KLCodec"].from_pretrained(tmp_path / "saved").fingerprint() == codec.fingerprint()
+        options = {"num_workers": 0, "resolution": 8, "flip": False, "precision": "fp32", "device": "cpu"}
+        encode_latents(source="digits", output=str(tmp_path / "out"), codec="kl", codec_path=vae, **options)
+        config = DataConfig(dataset="latents", path=str(tmp_path / "out"), resolution=8, horizontal_flip=False)
+        dataset = load_image_dataset(config)
+        dataset.check_codec(codec)
+        assert dataset.sample(0, flip=False)["latent"].shape == (2, 4, 4)
+        made_with = dataset.manifest["codec"]
+        assert (made_with["kind"], made_with["path"], made_with["precision"]) == ("kl", vae, "fp32")
+    with pytest.raises(UserError, match=r"codec\.kind: got 'kl'; accepted: pixel, dc-ae"):
+        parse_config(["--codec.kind", "kl"])
+
+
+def test_a_data_source():
+    with patch.dict(SOURCES):
+        exec(example("Data source"), {})
+        config = parse_config(["--data.dataset", "stripes", "--data.prompt_template", "{}"]).data
+        images = load_image_dataset(config)
+        assert (len(images), images.image_channels, find_source("stripes").image_channels) == (100, 1, 1)
+        image, row = images[0]
+        assert images.prompts[row] == "vertical stripes"
+        assert torch.equal(image, image[:, :1].expand(1, 8, 8))  # the same in every line
+        assert not torch.equal(image, images[1][0])
+    with pytest.raises(UserError, match=r"data\.dataset: 'stripes' is unknown; accepted values: .*digits.*hf"):
+        load_image_dataset(config)

@@ -108,7 +108,7 @@ def test_tables_with_captions(tmp_path, kind):
         image_table().to_parquet(path / "a.parquet")
     images = load_image_dataset(config(kind, path))
     assert numbers_of(images) == [0, 1, 2, 3]
-    assert images.prompts == ["Generate an image of c0.", "Generate an image of c1."]
+    assert list(images.prompts) == ["Generate an image of c0.", "Generate an image of c1."]
     assert list(images.prompt_rows) == [0, 1, 0, 1]
     assert detect_dataset(path) == kind
 

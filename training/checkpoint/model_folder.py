@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import TypedDict  # pydantic needs it below Python 3.12
 
 from latte_flow.model.backbone import load_image_processor, load_tokenizer, load_vlm
-from latte_flow.model.codecs import LatentCodec, apply_preset, load_codec
+from latte_flow.model.codecs import LatentCodec, codec_checkpoint, load_codec
 from latte_flow.model.configuration import LatteFlowConfig, load_network_config
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.pipeline import LatteFlowPipeline
@@ -110,10 +110,9 @@ class PipelineConfig(PromptSettings):
         """
         with naming("codec"):
             settings: dict[str, Any] = dict(self.codec)
-            own, _ = apply_preset(*(settings.get(name) for name in ("preset", "path", "scaling_factor")))
             if path is not None:
                 settings["path"] = path
-            elif own is not None and settings["kind"] != "pixel":
+            elif (own := codec_checkpoint(**settings)) is not None:
                 settings["path"] = locate_saved(str(own), folder, "codec_path")
             return load_codec(**settings, dtype=dtype)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from latte_flow.model.codecs import CODECS, PRESETS
 from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.settings import PromptTemplate
 from latte_flow.model.solvers import SOLVERS
@@ -90,16 +91,16 @@ class CodecConfig:
     """The latent codec.
 
     Args:
-        kind: pixel, an invertible rearrangement of pixels; dc-ae, diffusers' AutoencoderDC.
-        path: folder or hub id of the autoencoder (dc-ae only); null uses the preset's.
+        kind: pixel, an invertible rearrangement of pixels; dc-ae, diffusers' AutoencoderDC; or one that was registered.
+        path: folder or hub id of the autoencoder (not for pixel); null uses the preset's.
         preset: a published DC-AE by name; its scaling factor is checked against the loaded checkpoint.
         scaling_factor: factor applied to the latents; checked against the checkpoint's. Null uses the checkpoint's.
         patch: side of one latent position in pixels (pixel only); 1 is the identity.
     """
 
-    kind: Literal["pixel", "dc-ae"] = "dc-ae"
+    kind: Annotated[str, one_of(CODECS)] = "dc-ae"
     path: OptionalPath = None
-    preset: Literal["dc-ae-f32c32-in-1.0", "dc-ae-f32c32-sana-1.0"] | None = None
+    preset: Annotated[str, one_of(PRESETS)] | None = None
     scaling_factor: float | None = None
     patch: PositiveInt = 1
 
@@ -111,8 +112,11 @@ class DataConfig:
     Args:
         dataset: digits, scikit-learn's handwritten digits (8x8 grey); imagefolder, one folder per class (ImageNet's layout) or a
             folder with captions in metadata.jsonl; parquet, files with an image column; webdataset, tar files; saved, a folder
-            written by datasets' save_to_disk; latents, a folder written by tools/encode_latents.py. See docs/data.md.
-        path: file or folder of the data; required except for digits.
+            written by datasets' save_to_disk; hf, a folder or a hub name that datasets.load_dataset loads; latents, a folder
+            written by tools/encode_latents.py; or one that was registered. See docs/data.md.
+        path: file or folder of the data, for hf also OWNER/NAME on the hub; required except for digits.
+        split: the split to train on (hf only), also a part of one such as train[:90%].
+        subset: the configuration of the data set, if it has several (hf only).
         image_column: name of the image column; auto uses "image", or the only image column.
         text_column: name of the caption or class column; auto uses the first that exists of text, caption, txt, label, cls.
         class_names: class names for prompts: imagenet-1k, or a text file with one name per line or with lines
@@ -121,15 +125,17 @@ class DataConfig:
         resolution: side of the square images in pixels; images of other sizes are resized and center-cropped as in ADM.
         prompt_template: the user message; {} stands for the class name or the caption.
         null_prompt: the user message of the null condition of classifier-free guidance.
-        max_prompt_tokens: longer prompts are truncated at the end; all contexts are padded to the longest prompt.
+        max_prompt_tokens: longer prompts are truncated at the end. All are padded to one length: see docs/train.md, "Prompts".
         condition_drop: fraction of samples whose prompt is replaced by the null prompt (paper: 0.1).
         horizontal_flip: whether half of the images are mirrored.
         num_workers: data worker processes per rank; 0 prepares batches in the training process.
         allow_changed: resume a run even if its data or prompts changed since it was started; data.json then lists both.
     """
 
-    dataset: Literal["digits", "imagefolder", "parquet", "webdataset", "saved", "latents"] = "digits"
+    dataset: str = "digits"
     path: OptionalPath = None
+    split: str = "train"
+    subset: str | None = None
     image_column: str = "auto"
     text_column: str = "auto"
     class_names: OptionalPath = None

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from latte_flow.model.backbone import backbone_of
-from latte_flow.model.context import Context, encode_context, tokenize_prompts
+from latte_flow.model.context import Context, encode_context
 from latte_flow.training.configs.fields import VlmConfig
+from latte_flow.training.data.prompts import PromptTokens
 from latte_flow.training.distributed.collectives import print_once
 from latte_flow.training.errors import UserError
 
@@ -45,20 +46,18 @@ class PromptEncoder:
 
     Args:
         vlm: the frozen VLM; contexts are on its device.
-        tokenizer: the VLM's tokenizer.
-        prompts: row i is prompt i.
+        prompts: the tokens of all prompts.
         projection: ``generation`` or ``vlm`` (LatteFlowConfig.context_projection).
         dtype: dtype of the states; None keeps the VLM's.
     """
 
-    def __init__(self, vlm, tokenizer, prompts: Sequence[str], projection: str, dtype: torch.dtype | None = None):
-        self.vlm, self.projection, self.dtype = vlm, projection, dtype
-        self.inputs = tokenize_prompts(tokenizer, prompts)
+    def __init__(self, vlm, prompts: PromptTokens, projection: str, dtype: torch.dtype | None = None):
+        self.vlm, self.prompts, self.projection, self.dtype = vlm, prompts, projection, dtype
 
     @property
     def num_prompts(self) -> int:
         """Number of prompts."""
-        return len(self.inputs["input_ids"])
+        return len(self.prompts)
 
     @torch.no_grad()
     def encode(self, rows: Sequence[int]) -> Context:
@@ -67,7 +66,7 @@ class PromptEncoder:
         for first in range(0, len(rows), ENCODE_BATCH_SIZE):
             chunk = list(rows[first : first + ENCODE_BATCH_SIZE])
             full = chunk + chunk[-1:] * (ENCODE_BATCH_SIZE - len(chunk))
-            inputs = {name: tokens[full].to(self.vlm.device) for name, tokens in self.inputs.items()}
+            inputs = {name: tokens.to(self.vlm.device) for name, tokens in self.prompts.tokens(full).items()}
             context = encode_context(self.vlm, inputs, self.projection).to(dtype=self.dtype)
             if result is None:
                 result = context.empty(len(rows))
@@ -83,8 +82,7 @@ class PromptEncoder:
         backbone = backbone_of(self.vlm.config)
         keys = len(backbone.decoder_layers(self.vlm)[0].get_parameter(f"{backbone.path('k_proj')}.weight"))
         numbers = config.hidden_size if self.projection == "generation" else 2 * keys
-        length = self.inputs["input_ids"].shape[1]
-        return length * config.num_hidden_layers * numbers * (self.dtype or self.vlm.dtype).itemsize
+        return self.prompts.length * config.num_hidden_layers * numbers * (self.dtype or self.vlm.dtype).itemsize
 
 
 class FixedContextCache:
@@ -222,7 +220,7 @@ def open_context_source(config: VlmConfig, encoder: PromptEncoder, *, batch_prom
         batch_prompts=batch_prompts,
     )
     kept = {0: "none", num_prompts: "all"}.get(capacity, f"the {capacity} most recently used")
-    size = f"{num_prompts} prompts of {bytes_per_prompt / 2**20:.3g} MiB each"
+    size = f"{num_prompts} prompts of {encoder.prompts.length} tokens, {bytes_per_prompt / 2**20:.3g} MiB each"
     print_once(f"context of the frozen VLM: {kept} of {size} kept on the device")
     source = make_context_source(encoder, capacity)
     if isinstance(source, FixedContextCache):

@@ -147,12 +147,12 @@ class ImageDataset(Dataset):
     name: str
     length: int
     load: Callable[[int], Tensor]
-    prompt_rows: Sequence[int]
-    prompts: list[str]
+    prompt_rows: Sequence[int] | np.ndarray
+    prompts: Sequence[str]
     image_channels: int
     class_names: list[str] | None
     fingerprint: str
-    captions: list[str] = field(default_factory=list)
+    captions: Sequence[str] = ()
     describe: Callable[[int], str] | None = None
     max_broken: int = 0
     broken: Tensor = field(init=False, repr=False)

@@ -1,11 +1,8 @@
 """The fixed-seed sample grid drawn during training."""
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from latte_flow.model.codecs import LatentCodec
 from latte_flow.model.configuration import LatteFlowConfig
@@ -14,6 +11,7 @@ from latte_flow.model.sampling import image_seeds, initial_noise, sample_latents
 from latte_flow.model.time_grids import make_timesteps
 from latte_flow.training.configs.fields import SampleConfig
 from latte_flow.training.data.context_cache import ContextSource
+from latte_flow.training.data.prompts import PromptTokens
 from latte_flow.training.distributed.ranks import Ranks
 from latte_flow.training.optimizer import ema_weights
 
@@ -46,7 +44,7 @@ class SampleGrid:
         config: number of images and sampler settings.
         codec: codec of the run.
         contexts: source of the prompts' context for a frozen VLM; None for a trained one.
-        prompt_inputs: the prompts' tokens, for a trained VLM.
+        prompts: the prompts' tokens, for a trained VLM.
         num_prompts: rows 0 .. num_prompts - 1 are the prompts that the images cycle through; the next row is the null prompt.
         ranks: which rank draws which share; tensor-parallel ranks draw the same images together.
     """
@@ -56,12 +54,12 @@ class SampleGrid:
         config: SampleConfig,
         codec: LatentCodec,
         contexts: ContextSource | None,
-        prompt_inputs: Mapping[str, Tensor] | None,
+        prompts: PromptTokens,
         num_prompts: int,
         ranks: Ranks,
     ):
         self.config, self.codec = config, codec
-        self.contexts, self.prompt_inputs, self.num_prompts = contexts, prompt_inputs, num_prompts
+        self.contexts, self.prompts, self.num_prompts = contexts, prompts, num_prompts
         self.ranks = ranks
 
     def draw(self, engine) -> np.ndarray:
@@ -79,9 +77,9 @@ class SampleGrid:
             if self.contexts is not None:
                 context, rows = self.contexts.lookup(rows)
             else:
-                assert self.prompt_inputs is not None
-                distinct, rows = torch.unique(rows.to(engine.device), return_inverse=True)
-                context = model.encode_context({n: tokens[distinct] for n, tokens in self.prompt_inputs.items()})
+                distinct, rows = torch.unique(rows, return_inverse=True)
+                inputs = {n: t.to(engine.device) for n, t in self.prompts.tokens(distinct.tolist()).items()}
+                context, rows = model.encode_context(inputs), rows.to(engine.device)
             seeds = image_seeds(config.seed, first, share)
             latents = sample_latents(
                 model,

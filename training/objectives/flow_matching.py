@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from latte_flow.model.configuration import LatteFlowConfig
-from latte_flow.model.context import tokenize_prompts, truncate_prompts
 from latte_flow.model.flow_matching import NUM_TRAIN_TIMESTEPS, flow_matching_loss, interpolate
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.randomness import Stream, generator, permutation, uniform
@@ -26,6 +25,7 @@ from latte_flow.training.data.context_cache import ContextSource, PromptEncoder,
 from latte_flow.training.data.images import ImageDataset
 from latte_flow.training.data.latents.dataset import LatentDataset
 from latte_flow.training.data.loader import Batch, Samples
+from latte_flow.training.data.prompts import FEW_PROMPTS, PromptTokens
 from latte_flow.training.distributed.batch_layout import BatchLayout
 from latte_flow.training.distributed.collectives import print_once
 from latte_flow.training.errors import UserError, naming
@@ -186,8 +186,8 @@ class FlowMatching(Objective):
         config, model_config, num_prompts = parts.config, parts.components.model_config, len(parts.images.prompts)
         self.device, self.ranks = parts.device, parts.ranks
         self.codec = parts.components.codec.to(parts.device)
-        self.contexts, self.prompt_inputs = _read_prompts(parts)
-        self.grid = SampleGrid(config.sample, self.codec, self.contexts, self.prompt_inputs, num_prompts, parts.ranks)
+        self.prompts, self.contexts = _read_prompts(parts)
+        self.grid = SampleGrid(config.sample, self.codec, self.contexts, self.prompts, num_prompts, parts.ranks)
         self.samples = FlowMatchingSamples(
             parts.images,
             model_config.timestep_experts(),
@@ -210,15 +210,18 @@ class FlowMatching(Objective):
                 latents = self.codec.encode(batch.images)
             data = latents.float()[batch.image_rows]
         noisy = interpolate(data, batch.noise, batch.timesteps)
-        context, rows = None, batch.context_rows
+        context, inputs = None, None
         if self.contexts is not None:
-            context, rows = self.contexts.lookup(rows)
+            context, rows = self.contexts.lookup(batch.context_rows)
+        else:
+            tokens, rows = self.prompts.lookup(batch.context_rows)
+            inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in tokens.items()}
         velocity = engine(
             noisy,
             batch.timesteps,
             context=context,
             context_rows=rows.to(self.device, non_blocking=True),
-            prompt_inputs=self.prompt_inputs,
+            prompt_inputs=inputs,
         )
         return flow_matching_loss(velocity, data, batch.noise)
 
@@ -241,25 +244,29 @@ class FlowMatching(Objective):
             writer.grid(step, grid)
 
 
-def _read_prompts(parts: RunParts) -> tuple[ContextSource | None, dict[str, Tensor] | None]:
-    """Prepare the prompts of the data, with the null prompt last. Collective.
+def _read_prompts(parts: RunParts) -> tuple[PromptTokens, ContextSource | None]:
+    """Return the prompts of the data, with the null prompt last, and the source of their context; None for a trained VLM.
 
-    Returns:
-        (source of the prompts' context, None) for a frozen VLM; (None, the prompts' tokens) for a trained one.
+    Collective.
 
     Raises:
         UserError: when the context of the prompts does not fit into the configured memory.
     """
     config, components, ranks = parts.config, parts.components, parts.ranks
-    prompts, limit = [*parts.images.prompts, config.data.null_prompt], config.data.max_prompt_tokens
-    messages = truncate_prompts(components.tokenizer, prompts, limit)
-    cut = sum(ours != whole for ours, whole in zip(messages, prompts, strict=True))
-    if cut:
-        print_once(f"data.max_prompt_tokens: {cut} of {len(prompts)} prompts are truncated to {limit} tokens")
+    limit = config.data.max_prompt_tokens
+    texts, null_prompt = parts.images.prompts, config.data.null_prompt
+    prompts = PromptTokens(components.tokenizer, texts, null_prompt=null_prompt, max_tokens=limit)
+    if prompts.truncated:
+        print_once(
+            f"data.max_prompt_tokens: {prompts.truncated} of {len(prompts)} prompts are truncated to {limit} tokens"
+        )
+    elif len(prompts) > FEW_PROMPTS:
+        print_once(
+            f"data.max_prompt_tokens: {len(prompts)} prompts are padded to {prompts.length} tokens, longer ones truncated"
+        )
     if components.model_config.variant == "blend":
-        tokens = tokenize_prompts(components.tokenizer, messages)
-        return None, {name: tensor.to(parts.device) for name, tensor in tokens.items()}
+        return prompts, None
     vlm, projection = ranks.split_frozen(components.vlm).to(parts.device), components.model_config.context_projection
-    encoder = PromptEncoder(vlm, components.tokenizer, messages, projection, compute_dtype(config))
+    encoder = PromptEncoder(vlm, prompts, projection, compute_dtype(config))
     batch_prompts = max(parts.layout.micro_batch_size, samples_per_rank(config.sample, ranks) + 1)
-    return open_context_source(config.vlm, encoder, batch_prompts=batch_prompts), None
+    return prompts, open_context_source(config.vlm, encoder, batch_prompts=batch_prompts)

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from latte_flow.model.codecs import DCAECodec
 from latte_flow.model.context import Context, encode_context
 from latte_flow.model.flow_matching import flow_matching_loss
 from latte_flow.training.components import compute_dtype
 from latte_flow.training.data.context_cache import context_capacity
+from latte_flow.training.data.sources import find_source
 from latte_flow.training.objectives.base import Counts, MetaParts
 
 META = torch.device("meta")
@@ -50,9 +50,9 @@ def count_flow_matching(parts: MetaParts) -> Counts:
         flops_once[f"context of all prompts, {when}"] = context.flops
         if not context.is_kept:
             memory["frozen VLM"] = sum(p.numel() for p in parts.vlm.parameters()) * width
-    if isinstance(codec, DCAECodec):  # also decodes the sample grids of a run on latents
+    if codec.has_weights:  # also decodes the sample grids of a run on latents
         memory["autoencoder"] = sum(p.numel() for p in codec.parameters()) * width
-        if config.data.dataset != "latents":
+        if not find_source(config.data.dataset).encoded:
             side = config.data.resolution
             with FlopCounterMode(display=False) as counter:
                 codec.encode(torch.empty(1, codec.image_channels, side, side, device=META))
@@ -96,6 +96,6 @@ def _run_micro_batch(parts: MetaParts, prompts: dict[str, Tensor], context: Cont
         torch.empty(rows, device=META),
         context=context,
         context_rows=torch.empty(rows, dtype=torch.long, device=META),
-        prompt_inputs=prompts if context is None else None,
+        prompt_inputs={name: tokens[:rows] for name, tokens in prompts.items()} if context is None else None,
     )
     return flow_matching_loss(velocity, latents, latents)

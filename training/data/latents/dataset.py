@@ -20,6 +20,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,6 +30,7 @@ from latte_flow.model.codecs import LatentCodec
 from latte_flow.training.configs.fields import DataConfig
 from latte_flow.training.data.class_names import resolve_class_names
 from latte_flow.training.data.latents.shard import open_shard
+from latte_flow.training.data.prompts import StoredTexts, make_prompts
 from latte_flow.training.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -89,12 +91,13 @@ class LatentDataset(Dataset):
             self._shards.append(shard)
             conditions.append(part)
         table = pa.chunked_array(conditions)
+        captions: Sequence[str]
         if class_names is not None:
             captions, self.prompt_rows = class_names, table.to_numpy()
         else:
             encoded = table.unify_dictionaries().combine_chunks()
-            captions, self.prompt_rows = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
-        self.prompts = [prompt_template.format(caption) for caption in captions]
+            captions, self.prompt_rows = StoredTexts(encoded.dictionary), encoded.indices.to_numpy()
+        self.prompts = make_prompts(prompt_template, captions)
 
     def __len__(self) -> int:
         return len(self.prompt_rows)
