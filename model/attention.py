@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
+from latte_flow.model.errors import ArgumentError
+
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "sdpa", "flash")
@@ -85,7 +87,7 @@ class AttentionSpec:
         scale: of the products of queries and keys; None for 1 / sqrt(E).
 
     Raises:
-        ValueError: when a value is unknown or the backend cannot compute the combination.
+        ArgumentError: when a value is unknown or the backend cannot compute the combination.
     """
 
     backend: str
@@ -106,14 +108,16 @@ class AttentionSpec:
         ):
             if getattr(self, name) not in accepted:
                 field = "attention_backend" if name == "backend" else name
-                raise ValueError(f"{field}: {getattr(self, name)!r} is unknown; accepted values: {', '.join(accepted)}")
+                raise ArgumentError(
+                    f"{field}: {getattr(self, name)!r} is unknown; accepted values: {', '.join(accepted)}"
+                )
         if self.backend == "auto":
             object.__setattr__(self, "backend", self._choose())
             logger.info("attention_backend auto: %s", self.backend)
             return
         reason = self._refusal(self.backend)
         if reason is not None:
-            raise ValueError(f"attention_backend: {self.backend} {reason}")
+            raise ArgumentError(f"attention_backend: {self.backend} {reason}")
 
     def _refusal(self, backend: str) -> str | None:
         """Return why a backend cannot compute this combination, or None when it can."""

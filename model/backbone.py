@@ -26,6 +26,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 
+from latte_flow.model.errors import ArgumentError
 from latte_flow.model.files import ACCEPTED, cached_snapshot, check_config, locate
 from latte_flow.model.tables import enter, look_up
 
@@ -109,7 +110,7 @@ def register_backbone(model_type: str, backbone: Backbone) -> Backbone:
     """Add a family to ``BACKBONES``.
 
     Raises:
-        ValueError: when the model type is taken.
+        ArgumentError: when the model type is taken.
     """
     return enter(BACKBONES, model_type, backbone)
 
@@ -118,7 +119,7 @@ def backbone_of(vlm_config: PretrainedConfig) -> Backbone:
     """Return the family of a VLM's configuration.
 
     Raises:
-        ValueError: when it is not in ``BACKBONES``.
+        ArgumentError: when it is not in ``BACKBONES``.
     """
     return look_up(BACKBONES, vlm_config.model_type, "vlm_config.model_type")
 
@@ -127,19 +128,19 @@ def read_vlm_config(path: str | Path) -> PretrainedConfig:
     """Read the configuration of a VLM from a folder or a hub id.
 
     Raises:
-        ValueError: when the path is neither, a folder without config.json, holds another kind of model, or see
+        ArgumentError: when the path is neither, a folder without config.json, holds another kind of model, or see
             ``model.files.locate`` and ``check_config``.
     """
     path = locate(path)
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"path: {path} has no config.json; accepted: {ACCEPTED}")
+        raise ArgumentError(f"path: {path} has no config.json; accepted: {ACCEPTED}")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         check_config(config)
     except (OSError, ValueError) as error:  # ValueError: a model_type that transformers does not know
-        raise ValueError(f"path: cannot load {path}: {error}") from error
+        raise ArgumentError(f"path: cannot load {path}: {error}") from error
     if config.model_type not in BACKBONES:
-        raise ValueError(f"path: {path} holds a {config.model_type}; accepted: {', '.join(BACKBONES)}")
+        raise ArgumentError(f"path: {path} holds a {config.model_type}; accepted: {', '.join(BACKBONES)}")
     return config
 
 
@@ -161,16 +162,16 @@ def load_vlm(
         (vlm in eval mode, tokenizer).
 
     Raises:
-        ValueError: when ``read_vlm_config`` refuses the path, or it is another VLM than expected.
+        ArgumentError: when ``read_vlm_config`` refuses the path, or it is another VLM than expected.
     """
     read_vlm_config(path)  # refuses what is no VLM, before any weights are read
     try:
         vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype or "auto", trust_remote_code=False)
         tokenizer = load_tokenizer(tokenizer_path or path)
     except OSError as error:
-        raise ValueError(f"path: cannot load {path}: {error}") from error
+        raise ArgumentError(f"path: cannot load {path}: {error}") from error
     if expected_fingerprint and fingerprint(checkpoint_folder(path)) != expected_fingerprint:
-        raise ValueError(f"path: {path} is not the VLM that this model was trained with (fingerprint differs)")
+        raise ArgumentError(f"path: {path} is not the VLM that this model was trained with (fingerprint differs)")
     return vlm.eval(), tokenizer
 
 
@@ -178,8 +179,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or hub id.
 
     Raises:
-        ValueError: if it comes with code of its own, which is never executed. Without an explicit answer transformers asks at the
-            terminal.
+        ArgumentError: if it comes with code of its own, which is never executed. Without an explicit answer transformers asks at
+            the terminal.
     """
     return AutoTokenizer.from_pretrained(locate(path), trust_remote_code=False)
 
@@ -196,11 +197,11 @@ def checkpoint_folder(path: str | Path) -> Path:
     """Return the folder of a loaded checkpoint: the path itself, or where the hub's files lie in the local cache.
 
     Raises:
-        ValueError: when a hub id is not in the local cache.
+        ArgumentError: when a hub id is not in the local cache.
     """
     folder = Path(path) if Path(path).is_dir() else cached_snapshot(str(path))
     if folder is None:
-        raise ValueError(f"path: {path} is not in the hub's local cache")
+        raise ArgumentError(f"path: {path} is not in the hub's local cache")
     return folder
 
 

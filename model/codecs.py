@@ -19,6 +19,7 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
+from latte_flow.model.errors import ArgumentError
 from latte_flow.model.files import locate
 from latte_flow.model.tables import Entry, enter, look_up
 
@@ -51,15 +52,15 @@ def apply_preset(
         scaling_factor: None for the preset's.
 
     Raises:
-        ValueError: when the preset is unknown, or another scaling factor than its own is given.
+        ArgumentError: when the preset is unknown, or another scaling factor than its own is given.
     """
     if preset is None:
         return path, scaling_factor
     if preset not in PRESETS:
-        raise ValueError(f"preset: {preset!r} is unknown; accepted values: {', '.join(PRESETS)}")
+        raise ArgumentError(f"preset: {preset!r} is unknown; accepted values: {', '.join(PRESETS)}")
     known = PRESETS[preset]
     if scaling_factor is not None and abs(scaling_factor - known.scaling_factor) > SCALING_TOLERANCE:
-        raise ValueError(
+        raise ArgumentError(
             f"scaling_factor: {scaling_factor} contradicts preset {preset}, whose factor is {known.scaling_factor}"
         )
     return path if path is not None else known.checkpoint, known.scaling_factor
@@ -110,7 +111,7 @@ class LatentCodec(ModelMixin, ConfigMixin):
             meta: build the weights on the meta device, without reading them.
 
         Raises:
-            ValueError: when a setting is invalid; the message begins with its name.
+            ArgumentError: when a setting is invalid; the message begins with its name.
         """
         raise NotImplementedError
 
@@ -132,10 +133,10 @@ class LatentCodec(ModelMixin, ConfigMixin):
         """Return (H, W) of the latent of a square image.
 
         Raises:
-            ValueError: when the resolution is not a multiple of the downsampling.
+            ArgumentError: when the resolution is not a multiple of the downsampling.
         """
         if resolution < 1 or resolution % self.downsampling:
-            raise ValueError(
+            raise ArgumentError(
                 f"resolution: {resolution} is not a multiple of the codec's downsampling {self.downsampling}"
             )
         return resolution // self.downsampling, resolution // self.downsampling
@@ -161,7 +162,7 @@ def register_codec(name: str) -> Callable[[Entry], Entry]:
     """Enter a subclass of ``LatentCodec`` into the table.
 
     Raises:
-        ValueError: when the name is taken.
+        ArgumentError: when the name is taken.
     """
     return partial(enter, CODECS, name)
 
@@ -222,14 +223,14 @@ class DCAECodec(LatentCodec):
         scaling_factor: what latents are multiplied by; None for the checkpoint's own (0.3189 for in-1.0, 0.41407 for Sana's).
 
     Raises:
-        ValueError: when ``scaling_factor`` contradicts the checkpoint's configuration.
+        ArgumentError: when ``scaling_factor`` contradicts the checkpoint's configuration.
     """
 
     def __init__(self, autoencoder: AutoencoderDC, scaling_factor: float | None = None):
         super().__init__()
         own = autoencoder.config.scaling_factor
         if scaling_factor is not None and abs(own - scaling_factor) > SCALING_TOLERANCE:
-            raise ValueError(
+            raise ArgumentError(
                 f"scaling_factor: {scaling_factor} differs from {own} in the checkpoint's config.json; latents scaled by "
                 "another checkpoint's factor do not have unit variance"
             )
@@ -244,7 +245,7 @@ class DCAECodec(LatentCodec):
         """See LatentCodec."""
         path, scaling_factor = apply_preset(spec.preset, spec.path, spec.scaling_factor)
         if path is None:
-            raise ValueError(
+            raise ArgumentError(
                 "path: missing; kind dc-ae needs a folder or hub id of a diffusers AutoencoderDC, or a preset "
                 f"({', '.join(PRESETS)})"
             )
@@ -281,7 +282,7 @@ class DCAECodec(LatentCodec):
             kwargs: diffusers' own.
 
         Raises:
-            ValueError: when it is missing, damaged, another model's, or lacks weights.
+            ArgumentError: when it is missing, damaged, another model's, or lacks weights.
         """
         _read_settings(path)
         try:
@@ -289,9 +290,9 @@ class DCAECodec(LatentCodec):
                 path, torch_dtype=torch_dtype or torch.float32, output_loading_info=True, **kwargs
             )
             if report["missing_keys"]:  # diffusers leaves these random and goes on
-                raise ValueError(f"its weights lack {', '.join(report['missing_keys'][:3])}, ...")
+                raise ArgumentError(f"its weights lack {', '.join(report['missing_keys'][:3])}, ...")
         except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: weights of other shapes
-            raise ValueError(f"path: cannot load {path}: {error}") from error
+            raise ArgumentError(f"path: cannot load {path}: {error}") from error
         return cls(autoencoder, scaling_factor)
 
     def train(self, mode: bool = True) -> "DCAECodec":
@@ -335,7 +336,7 @@ def load_codec(kind: str, *, dtype: torch.dtype | None = None, meta: bool = Fals
         settings: the fields of ``CodecSpec``.
 
     Raises:
-        ValueError: when the kind is unknown, or the checkpoint is missing or another model's.
+        ArgumentError: when the kind is unknown, or the checkpoint is missing or another model's.
     """
     return look_up(CODECS, kind, "kind").from_spec(CodecSpec(**settings), dtype or torch.float32, meta=meta)
 
@@ -344,7 +345,7 @@ def codec_checkpoint(kind: str, **settings: Any) -> str | Path | None:
     """Return the folder or hub id that ``load_codec`` reads with these arguments; None if it reads none.
 
     Raises:
-        ValueError: when the kind or the preset is unknown.
+        ArgumentError: when the kind or the preset is unknown.
     """
     return look_up(CODECS, kind, "kind").checkpoint(CodecSpec(**settings))
 
@@ -353,14 +354,14 @@ def _read_settings(path: str | Path) -> dict:
     """Return the configuration of an AutoencoderDC.
 
     Raises:
-        ValueError: when there is none, it is of another model, or see ``model.files.locate``.
+        ArgumentError: when there is none, it is of another model, or see ``model.files.locate``.
     """
     path = locate(path)
     try:
         settings = AutoencoderDC.load_config(path)
     except OSError as error:
-        raise ValueError(f"path: cannot load {path}: {error}") from error
+        raise ArgumentError(f"path: cannot load {path}: {error}") from error
     if settings.get("_class_name") != AutoencoderDC.__name__:
         found = settings.get("_class_name")
-        raise ValueError(f"path: cannot load {path}: it holds a {found}; accepted: an {AutoencoderDC.__name__}")
+        raise ArgumentError(f"path: cannot load {path}: it holds a {found}; accepted: an {AutoencoderDC.__name__}")
     return settings

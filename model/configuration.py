@@ -10,6 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from latte_flow.model.attention import AttentionSpec
 from latte_flow.model.backbone import Backbone, backbone_of
+from latte_flow.model.errors import ArgumentError
 from latte_flow.model.files import check_config, without_local_paths
 from latte_flow.model.timestep_experts import TimestepExperts
 
@@ -22,7 +23,7 @@ SHAREABLE_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "input_layernorm", 
 
 def _check_choice(field: str, value: str, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
-        raise ValueError(f"{field}: {value!r} is unknown; accepted values: {', '.join(accepted)}")
+        raise ArgumentError(f"{field}: {value!r} is unknown; accepted values: {', '.join(accepted)}")
 
 
 class LatteFlowConfig(PretrainedConfig):
@@ -58,7 +59,7 @@ class LatteFlowConfig(PretrainedConfig):
         timestep_frequencies: size of the sinusoidal timestep features in front of the time embedding's MLP.
 
     Raises:
-        ValueError: when a value is not accepted; the message names the field and what is.
+        ArgumentError: when a value is not accepted; the message names the field and what is.
     """
 
     model_type = "latte_flow"
@@ -115,7 +116,7 @@ class LatteFlowConfig(PretrainedConfig):
             self.check()
 
     def check(self) -> None:
-        """Raise ValueError when the fields contradict each other or a value is not accepted."""
+        """Raise ArgumentError when the fields contradict each other or a value is not accepted."""
         for config in (self, self.vlm_config):
             check_config(config)
         _check_choice("variant", self.variant, VARIANTS)
@@ -126,13 +127,13 @@ class LatteFlowConfig(PretrainedConfig):
             _check_choice("shared_modules", name, SHAREABLE_MODULES)
         for name in ("patch_size", "rope_2d_theta"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: got {getattr(self, name)}; accepted: greater than 0")
+                raise ArgumentError(f"{name}: got {getattr(self, name)}; accepted: greater than 0")
         if self.timestep_frequencies < 2 or self.timestep_frequencies % 2:
-            raise ValueError(f"timestep_frequencies: got {self.timestep_frequencies}; accepted: even, 2 or more")
+            raise ArgumentError(f"timestep_frequencies: got {self.timestep_frequencies}; accepted: even, 2 or more")
         if any(side % self.patch_size for side in self.latent_size):
-            raise ValueError(f"patch_size: {self.patch_size} does not divide latent_size {tuple(self.latent_size)}")
+            raise ArgumentError(f"patch_size: {self.patch_size} does not divide latent_size {tuple(self.latent_size)}")
         if self.head_dim % 4:
-            raise ValueError(f"vlm_config: head_dim {self.head_dim} is not a multiple of 4, which the 2D RoPE needs")
+            raise ArgumentError(f"vlm_config: head_dim {self.head_dim} is not a multiple of 4, which the 2D RoPE needs")
         # Both check their arguments. ``auto`` is kept as it is: on another machine it may resolve to another backend.
         self.timestep_experts()
         self.attention_spec()
@@ -210,14 +211,14 @@ def load_network_config(folder: Path) -> LatteFlowConfig:
     """Return the network's configuration in a model folder.
 
     Raises:
-        ValueError: when it is of another kind of model, or damaged.
+        ArgumentError: when it is of another kind of model, or damaged.
     """
     file = folder / "config.json"
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         kind = settings.get("model_type")
         if kind != LatteFlowConfig.model_type:
-            raise ValueError(f"describes a {kind} model; accepted: {LatteFlowConfig.model_type}")
+            raise ArgumentError(f"describes a {kind} model; accepted: {LatteFlowConfig.model_type}")
         return LatteFlowConfig.from_dict(settings)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ArgumentError(f"{file}: {error}") from error

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from latte_flow.model.attention import ContextKeyValues
 from latte_flow.model.backbone import backbone_of
+from latte_flow.model.errors import ArgumentError
 from latte_flow.model.settings import MAX_CHARACTERS
 
 
@@ -124,12 +125,12 @@ def tokenize_prompts(tokenizer, prompts: Sequence[str]) -> dict[str, Tensor]:
         input_ids [P, S] and attention_mask [P, S], int64.
 
     Raises:
-        ValueError: when no prompt is given, the tokenizer has no chat template, or a prompt is too long in its chat format.
+        ArgumentError: when no prompt is given, the tokenizer has no chat template, or a prompt is too long in its chat format.
     """
     if not prompts:
-        raise ValueError("prompts: got none; at least one prompt is needed")
+        raise ArgumentError("prompts: got none; at least one prompt is needed")
     if tokenizer.chat_template is None:
-        raise ValueError(
+        raise ArgumentError(
             "tokenizer: it has no chat template; use the tokenizer of an Instruct checkpoint, or set tokenizer.chat_template"
         )
     rows = [message_ids(tokenizer, prompt) for prompt in prompts]
@@ -146,7 +147,7 @@ def message_ids(tokenizer, text: str, *, with_image: bool = False) -> list[int]:
         with_image: whether a picture comes before the text; the template writes one placeholder for it.
 
     Raises:
-        ValueError: when the message is too long in its chat format.
+        ArgumentError: when the message is too long in its chat format.
     """
     content = [{"type": "image"}, {"type": "text", "text": text}] if with_image else text
     chat = [{"role": "user", "content": content}]
@@ -154,7 +155,9 @@ def message_ids(tokenizer, text: str, *, with_image: bool = False) -> list[int]:
         chat, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
     )
     if len(ids) > MAX_CHARACTERS:  # a chat template is a program: its output may be much longer than the prompt
-        raise ValueError(f"prompts: {len(ids)} tokens in the tokenizer's chat format; accepted: up to {MAX_CHARACTERS}")
+        raise ArgumentError(
+            f"prompts: {len(ids)} tokens in the tokenizer's chat format; accepted: up to {MAX_CHARACTERS}"
+        )
     return ids
 
 

@@ -9,6 +9,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from latte_flow.model.errors import ArgumentError
+
 WEIGHTS = (".safetensors", ".bin")
 READ = (*WEIGHTS, ".json", ".jinja", ".txt", ".model")
 """Suffixes of the files that transformers and diffusers read."""
@@ -24,18 +26,18 @@ def locate(path: str | Path, *, download: bool = True) -> str:
             the local cache is returned.
 
     Raises:
-        ValueError: when it is neither (transformers would ask the hub for a mistyped folder), a hub id is not in the cache, or
+        ArgumentError: when it is neither (transformers would ask the hub for a mistyped folder), a hub id is not in the cache, or
             a folder's files lead out of it.
     """
     text = os.fspath(path)
     if not os.path.isdir(text):
         if not is_hub_id(text):
-            raise ValueError(f"path: cannot load {text}: not found; accepted: {ACCEPTED}")
+            raise ArgumentError(f"path: cannot load {text}: not found; accepted: {ACCEPTED}")
         if download:
             return text
         snapshot = cached_snapshot(text)
         if snapshot is None or not any(file.suffix in WEIGHTS for file in snapshot.iterdir()):
-            raise ValueError(
+            raise ArgumentError(
                 f"path: cannot load {text}: it is not in this machine's hub cache, and a checkpoint that names it starts no "
                 f"download; accepted: the same command after `hf download {text}`, or another path"
             )
@@ -43,7 +45,7 @@ def locate(path: str | Path, *, download: bool = True) -> str:
     try:
         check_model_files(Path(text))
     except (OSError, ValueError) as error:
-        raise ValueError(f"path: cannot load {text}: {error}") from error
+        raise ArgumentError(f"path: cannot load {text}: {error}") from error
     return text
 
 
@@ -79,9 +81,9 @@ def is_own_file(file: Path, folder: Path) -> bool:
 
 
 def check_own_file(file: Path) -> None:
-    """Raise ValueError for a path that is neither missing, nor a folder, nor a file that ``is_own_file`` accepts."""
+    """Raise ArgumentError for a path that is neither missing, nor a folder, nor a file that ``is_own_file`` accepts."""
     if os.path.lexists(file) and not file.is_dir() and not is_own_file(file, file.parent):
-        raise ValueError(
+        raise ArgumentError(
             f"{file}: no regular file of its folder; accepted: a file, or a link inside the folder or inside a hub cache"
         )
 
@@ -90,7 +92,7 @@ def check_model_files(folder: Path) -> None:
     """Refuse a folder whose files would make transformers or diffusers read files elsewhere.
 
     Raises:
-        ValueError: names the file, and what is accepted.
+        ArgumentError: names the file, and what is accepted.
     """
     for file in sorted(folder.iterdir()):
         if file.suffix in READ:
@@ -103,15 +105,15 @@ def read_index(path: Path) -> dict[str, str]:
     """Return tensor name -> file name from a Hugging Face shard index; the files are in the folder of the index.
 
     Raises:
-        ValueError: when it is damaged or refers to files outside its folder.
+        ArgumentError: when it is damaged or refers to files outside its folder.
     """
     try:
         placed = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged or in another format ({type(error).__name__}: {error})") from error
+        raise ArgumentError(f"{path}: damaged or in another format ({type(error).__name__}: {error})") from error
     for name, file in placed.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"{path}: places {name} in {file!r}; accepted: a file in the folder of the index")
+            raise ArgumentError(f"{path}: places {name} in {file!r}; accepted: a file in the folder of the index")
         check_own_file(path.parent / file)
     return placed
 
@@ -123,14 +125,14 @@ def check_config(config: Any) -> None:
         config: a transformers configuration.
 
     Raises:
-        ValueError: names the setting.
+        ArgumentError: names the setting.
     """
     kernel = config._attn_implementation
     if kernel is not None and "/" in kernel:
-        raise ValueError(f"_attn_implementation: {kernel!r} is code from the hub; accepted: sdpa, eager")
+        raise ArgumentError(f"_attn_implementation: {kernel!r} is code from the hub; accepted: sdpa, eager")
     weights = getattr(config, "transformers_weights", None)
     if weights is not None and Path(weights).name != weights:
-        raise ValueError(f"transformers_weights: {weights!r}; accepted: a file in the folder of config.json")
+        raise ArgumentError(f"transformers_weights: {weights!r}; accepted: a file in the folder of config.json")
 
 
 def without_local_paths(settings: Any) -> Any:
@@ -150,12 +152,12 @@ def copy_settings(source: Path, target: Path) -> None:
     """Copy a JSON file ``without_local_paths``; the source may be the target.
 
     Raises:
-        ValueError: when it is damaged.
+        ArgumentError: when it is damaged.
     """
     content = source.read_text(encoding="utf-8")
     try:
         settings = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: damaged ({error})") from error
+        raise ArgumentError(f"{source}: damaged ({error})") from error
     portable = without_local_paths(settings)
     target.write_text(content if portable == settings else json.dumps(portable, indent=2) + "\n", encoding="utf-8")

@@ -24,6 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from latte_flow.model.attention import ContextKeyValues, Residual
 from latte_flow.model.configuration import LatteFlowConfig, load_network_config
 from latte_flow.model.context import Context, as_key_values, encode_context
+from latte_flow.model.errors import ArgumentError
 from latte_flow.model.files import locate
 from latte_flow.model.generation_layer import GenerationLayer, set_initial_std
 from latte_flow.model.position import float32_positions, rotary_2d
@@ -121,14 +122,14 @@ class LatteFlowModel(PreTrainedModel):
             config: its ``vlm_config`` must be the VLM's.
 
         Raises:
-            ValueError: when the configuration describes another VLM.
+            ArgumentError: when the configuration describes another VLM.
         """
         ours, theirs = config.text_config, vlm.config.text_config
         fields = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         for field in (*fields, "head_dim", "intermediate_size"):
             mine, other = getattr(ours, field, None), getattr(theirs, field, None)
             if mine != other:
-                raise ValueError(f"vlm_config.text_config.{field}: {mine} differs from the VLM's {other}")
+                raise ArgumentError(f"vlm_config.text_config.{field}: {mine} differs from the VLM's {other}")
         model = cls(config)
         if config.variant == "blend":
             model.vlm.load_state_dict(vlm.state_dict())
@@ -149,7 +150,7 @@ class LatteFlowModel(PreTrainedModel):
                 would take the first weight's and round the others to it.
 
         Raises:
-            ValueError: when weights are missing, unknown or of another shape (the message names the first few), or see
+            ArgumentError: when weights are missing, unknown or of another shape (the message names the first few), or see
                 ``model.files.locate``.
         """
         if pretrained_model_name_or_path is None:
@@ -174,7 +175,7 @@ class LatteFlowModel(PreTrainedModel):
         ):
             if names:
                 shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-                raise ValueError(f"{folder}: weights: {len(names)} {what}: {shown}; they are not of this network")
+                raise ArgumentError(f"{folder}: weights: {len(names)} {what}: {shown}; they are not of this network")
         return (model, report) if wants_report else model
 
     def forward(
@@ -202,10 +203,10 @@ class LatteFlowModel(PreTrainedModel):
             v, [B, C, H, W].
 
         Raises:
-            ValueError: when K does not divide B, or a Couple model is given no context.
+            ArgumentError: when K does not divide B, or a Couple model is given no context.
         """
         if len(noisy_latents) % self.experts.num_groups:
-            raise ValueError(
+            raise ArgumentError(
                 f"noisy_latents: got {len(noisy_latents)}; accepted: a multiple of num_groups {self.experts.num_groups}"
             )
         if context is None:
@@ -265,10 +266,10 @@ class LatteFlowModel(PreTrainedModel):
         """Compute the context of tokenized prompts with Blend's own VLM, with gradients when they are enabled.
 
         Raises:
-            ValueError: for Couple, whose VLM is not part of the model.
+            ArgumentError: for Couple, whose VLM is not part of the model.
         """
         if self.config.variant != "blend":
-            raise ValueError(
+            raise ArgumentError(
                 "context: a Couple model holds no VLM; compute it with model.context.encode_context(vlm, ...)"
             )
         return encode_context(self.vlm, prompt_inputs, self.config.context_projection)
@@ -378,18 +379,18 @@ def _widest_dtype(folder: Path) -> torch.dtype:
     """Return the widest floating-point type of the weights in a folder's model*.safetensors.
 
     Raises:
-        ValueError: when there is no such file, or one is damaged.
+        ArgumentError: when there is no such file, or one is damaged.
     """
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise ValueError(f"{folder}: no model.safetensors; other formats are opened by latte_flow.load_pipeline")
+        raise ArgumentError(f"{folder}: no model.safetensors; other formats are opened by latte_flow.load_pipeline")
     names = set()
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 names |= {opened.get_slice(name).get_dtype() for name in list(opened.keys())}
         except SafetensorError as error:
-            raise ValueError(f"{file}: damaged ({error})") from error
+            raise ArgumentError(f"{file}: damaged ({error})") from error
     dtypes = [str_to_torch_dtype[name] for name in names]
     return max((dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: dtype.itemsize)
 

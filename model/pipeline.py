@@ -20,6 +20,7 @@ from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokeni
 from latte_flow.model.backbone import load_vlm, read_vlm_config
 from latte_flow.model.codecs import LatentCodec
 from latte_flow.model.context import Context, encode_context, message_ids, tokenize_prompts, truncate_prompts
+from latte_flow.model.errors import ArgumentError
 from latte_flow.model.files import copy_settings, locate
 from latte_flow.model.images import to_uint8
 from latte_flow.model.latte_flow import LatteFlowModel
@@ -63,7 +64,7 @@ class LatteFlowPipeline(DiffusionPipeline):
         prompt_template and all that follow: see model.settings.PromptSettings.
 
     Raises:
-        ValueError: when a Blend is given a VLM beside its own, or a setting is not accepted.
+        ArgumentError: when a Blend is given a VLM beside its own, or a setting is not accepted.
     """
 
     model_cpu_offload_seq = "vlm->model->codec"
@@ -85,7 +86,7 @@ class LatteFlowPipeline(DiffusionPipeline):
     ):
         super().__init__()
         if vlm is not None and model.config.variant == "blend":
-            raise ValueError("vlm: given; accepted: None, for a Blend model holds its own")
+            raise ArgumentError("vlm: given; accepted: None, for a Blend model holds its own")
         self.register_modules(model=model, tokenizer=tokenizer, codec=codec, vlm=vlm, image_processor=image_processor)
         settings = {
             "prompt_template": prompt_template,
@@ -109,11 +110,13 @@ class LatteFlowPipeline(DiffusionPipeline):
         No absolute path is written: ``vlm_path`` becomes a hub id, or ``../NAME``, a folder beside the saved one.
 
         Raises:
-            ValueError: when the folder holds something that is no saved pipeline, whose files would be mixed with these.
+            ArgumentError: when the folder holds something that is no saved pipeline, whose files would be mixed with these.
         """
         folder = Path(save_directory)
         if folder.is_dir() and any(folder.iterdir()) and not (folder / self.config_name).is_file():
-            raise ValueError(f"{folder}: holds something else than a saved pipeline; accepted: a new or empty folder")
+            raise ArgumentError(
+                f"{folder}: holds something else than a saved pipeline; accepted: a new or empty folder"
+            )
         vlm, path = self.vlm, self.config.vlm_path
         if path is not None:
             self.register_modules(vlm=None)
@@ -136,8 +139,9 @@ class LatteFlowPipeline(DiffusionPipeline):
 
         Raises:
             FileNotFoundError: when there is no model_index.json.
-            ValueError: when model_index.json names a class or a setting that is not a pipeline's, a file leads out of the folder,
-                weights are not of the network, or the VLM at ``vlm_path`` is missing or not the one that it was trained with.
+            ArgumentError: when model_index.json names a class or a setting that is not a pipeline's, a file leads out of the
+                folder, weights are not of the network, or the VLM at ``vlm_path`` is missing or not the one that it was trained
+                with.
         """
         folder = Path(pretrained_model_name_or_path)
         index = folder / cls.config_name
@@ -149,7 +153,7 @@ class LatteFlowPipeline(DiffusionPipeline):
         try:
             _check_index(json.loads(index.read_text(encoding="utf-8")))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{index}: damaged ({error})") from error
+            raise ArgumentError(f"{index}: damaged ({error})") from error
         _check_components(folder)
         pipeline = super().from_pretrained(str(folder), **kwargs)
         path = pipeline.config.vlm_path
@@ -169,12 +173,12 @@ class LatteFlowPipeline(DiffusionPipeline):
         """The VLM that reads prompts and answers questions: a Blend model's own, or the component ``vlm``.
 
         Raises:
-            ValueError: when a Couple model came without one.
+            ArgumentError: when a Couple model came without one.
         """
         if self.model.config.variant == "blend":
             return self.model.vlm
         if self.vlm is None:
-            raise ValueError("vlm: None; a Couple model reads prompts with the VLM that it was trained beside")
+            raise ArgumentError("vlm: None; a Couple model reads prompts with the VLM that it was trained beside")
         return self.vlm
 
     def _onload(self, name: str) -> None:
@@ -201,21 +205,21 @@ class LatteFlowPipeline(DiffusionPipeline):
         """Return the user message of each prompt: a caption, or a class by its index.
 
         Raises:
-            ValueError: when a class does not exist.
+            ArgumentError: when a class does not exist.
         """
         names = self.config.class_names
         result = []
         for prompt in prompts:
             if isinstance(prompt, bool) or not isinstance(prompt, str | Integral):
-                raise ValueError(f"prompt: got {prompt!r}; accepted: a caption, or the index of a class")
+                raise ArgumentError(f"prompt: got {prompt!r}; accepted: a caption, or the index of a class")
             if isinstance(prompt, Integral):
                 if names is None or not 0 <= prompt < len(names):
                     accepted = "none, this model takes prompts" if names is None else f"0 to {len(names) - 1}"
-                    raise ValueError(f"classes: {prompt} is no class of this model; accepted: {accepted}")
+                    raise ArgumentError(f"classes: {prompt} is no class of this model; accepted: {accepted}")
                 prompt = names[prompt]
             message = self.config.prompt_template.format(prompt)
             if len(message) > MAX_CHARACTERS:
-                raise ValueError(f"prompt: got {len(message)} characters; accepted: up to {MAX_CHARACTERS}")
+                raise ArgumentError(f"prompt: got {len(message)} characters; accepted: up to {MAX_CHARACTERS}")
             result.append(message)
         return truncate_prompts(self.tokenizer, result, self.config.max_prompt_tokens)
 
@@ -248,16 +252,16 @@ class LatteFlowPipeline(DiffusionPipeline):
             sampler: the solver and the time grid, as model.sampling.sample_latents takes them.
 
         Raises:
-            ValueError: when an argument is not accepted; the message names it.
+            ArgumentError: when an argument is not accepted; the message names it.
         """
         if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type: {output_type!r} is unknown; accepted: {', '.join(OUTPUT_TYPES)}")
+            raise ArgumentError(f"output_type: {output_type!r} is unknown; accepted: {', '.join(OUTPUT_TYPES)}")
         given = [name for name, v in (("generator", generator), ("seed", seed), ("latents", latents)) if v is not None]
         if len(given) > 1:
-            raise ValueError(f"{', '.join(given)}: got {len(given)} of them; accepted: one")
+            raise ArgumentError(f"{', '.join(given)}: got {len(given)} of them; accepted: one")
         prompts = [prompt] if isinstance(prompt, str | int | Integral) else list(prompt)
         if not prompts or num_images_per_prompt < 1:
-            raise ValueError("prompt, num_images_per_prompt: nothing to draw; accepted: one or more")
+            raise ArgumentError("prompt, num_images_per_prompt: nothing to draw; accepted: one or more")
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         shape = (len(prompts), *self._noise_shape)
         if generator is not None:
@@ -267,7 +271,7 @@ class LatteFlowPipeline(DiffusionPipeline):
             sampler["seeds"] = image_seeds(seed, 0, len(prompts))
             latents = initial_noise(sampler["seeds"], self._noise_shape)
         elif latents.shape != shape:
-            raise ValueError(f"latents: got {list(latents.shape)}; accepted: {list(shape)}")
+            raise ArgumentError(f"latents: got {list(latents.shape)}; accepted: {list(shape)}")
         latents = self._sample(
             prompts,
             latents,
@@ -341,17 +345,17 @@ class LatteFlowPipeline(DiffusionPipeline):
             max_new_tokens: the longest answer.
 
         Raises:
-            ValueError: when a picture is given and the VLM came without an image processor, or an argument is of another kind.
+            ArgumentError: when a picture is given and the VLM came without an image processor, or an argument is of another kind.
         """
         vlm: Any = self.backbone
         if not isinstance(question, str):
-            raise ValueError(f"question: got {question!r}; accepted: a text")
+            raise ArgumentError(f"question: got {question!r}; accepted: a text")
         if image is not None and not isinstance(image, Image.Image):
-            raise ValueError(f"image: got a {type(image).__name__}; accepted: a PIL image, or None")
+            raise ArgumentError(f"image: got a {type(image).__name__}; accepted: a PIL image, or None")
         inputs, ids = {}, message_ids(self.tokenizer, question, with_image=image is not None)
         if image is not None:
             if self.image_processor is None:
-                raise ValueError(
+                raise ArgumentError(
                     "image: the VLM came without preprocessor_config.json; accepted: None, a question alone"
                 )
             inputs = dict(self.image_processor(images=[image.convert("RGB")], return_tensors="pt"))
@@ -372,7 +376,7 @@ class LatteFlowPipeline(DiffusionPipeline):
 def _check_index(content: Any) -> None:
     """Refuse a model_index.json that does not describe a LatteFlowPipeline: diffusers imports every module that one names."""
     if not isinstance(content, dict) or content.get("_class_name") != LatteFlowPipeline.__name__:
-        raise ValueError(f"_class_name: accepted: {LatteFlowPipeline.__name__}")
+        raise ArgumentError(f"_class_name: accepted: {LatteFlowPipeline.__name__}")
     settings = {name: value for name, value in content.items() if not name.startswith("_")}
     for name, base in COMPONENTS.items():
         entry = settings.pop(name, None)
@@ -382,14 +386,16 @@ def _check_index(content: Any) -> None:
         # Looked up, not imported: a class of an extension is known once the extension is imported.
         found = getattr(sys.modules.get(str(library)), str(kind), None)
         if not isinstance(found, type) or not issubclass(found, base):
-            raise ValueError(f"{name}: got {reprlib.repr(entry)}; accepted: the module and name of a {base.__name__}")
+            raise ArgumentError(
+                f"{name}: got {reprlib.repr(entry)}; accepted: the module and name of a {base.__name__}"
+            )
     read_settings(PromptSettings, settings)
 
 
 def _check_components(folder: Path) -> None:
     """Refuse a saved pipeline with code, which diffusers prefers to a library's class of that name, or see ``locate``."""
     for code in (*folder.glob("*.py"), *folder.glob("*/*.py")):
-        raise ValueError(f"{code}: code is not loaded; accepted: a folder of save_pretrained, without it")
+        raise ArgumentError(f"{code}: code is not loaded; accepted: a folder of save_pretrained, without it")
     for component in (name for name in COMPONENTS if (folder / name).is_dir()):
         locate(folder / component)
     if (folder / "vlm").is_dir():

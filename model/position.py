@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from latte_flow.model.errors import ArgumentError
+
 POSITION_BUFFERS = ("inv_freq", "original_inv_freq", "image_cos", "image_sin")
 """Buffers that positions are computed from: transformers' rotary frequencies, and LatteFlowModel's cosines and sines."""
 
@@ -24,10 +26,10 @@ def rotary_2d(height: int, width: int, head_dim: int, theta: float = 10000.0) ->
     others by the column.
 
     Raises:
-        ValueError: when head_dim is not a multiple of 4 (two axes, two dimensions per rotation).
+        ArgumentError: when head_dim is not a multiple of 4 (two axes, two dimensions per rotation).
     """
     if head_dim % 4:
-        raise ValueError(f"head_dim: {head_dim} is not a multiple of 4, which a rotary embedding of two axes needs")
+        raise ArgumentError(f"head_dim: {head_dim} is not a multiple of 4, which a rotary embedding of two axes needs")
     frequencies = theta ** (-torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     angles = torch.cat([axis.reshape(-1, 1) * frequencies for axis in (row, column)], dim=-1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from latte_flow.model.context import Context
+from latte_flow.model.errors import ArgumentError
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.randomness import Stream, standard_normal
 from latte_flow.model.solvers import integrate
@@ -29,10 +30,10 @@ def image_seeds(seed: int, first: int, count: int) -> list[int]:
     """Return the seeds of images first .. first + count - 1 of a run: the i-th image of a run depends on (seed, i) alone.
 
     Raises:
-        ValueError: when the seed is not a 32-bit unsigned integer.
+        ArgumentError: when the seed is not a 32-bit unsigned integer.
     """
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed: got {seed}; accepted: 0 to 2^32 - 1")
+        raise ArgumentError(f"seed: got {seed}; accepted: 0 to 2^32 - 1")
     return [seed * 2**32 + i for i in range(first, first + count)]
 
 
@@ -71,16 +72,16 @@ def sample_latents(
         Latents [B, C, H, W], float32, on the model's device.
 
     Raises:
-        ValueError: when guidance is asked for without a null context, or an argument is invalid; the message names it.
+        ArgumentError: when guidance is asked for without a null context, or an argument is invalid; the message names it.
     """
     if math.isnan(cfg_scale):
-        raise ValueError("cfg_scale: got nan; accepted: a number")
+        raise ArgumentError("cfg_scale: got nan; accepted: a number")
     device = model.device
     guided = cfg_scale != 1.0
     context = context.to(device)
     if guided:
         if null_context is None:
-            raise ValueError("cfg_scale: guidance needs the null prompt's context")
+            raise ArgumentError("cfg_scale: guidance needs the null prompt's context")
         null_context = null_context.to(device)
         if len(null_context.mask) == 1:
             null_context = null_context.gather(torch.zeros(len(noise), dtype=torch.long, device=device))

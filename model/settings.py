@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
+from latte_flow.model.errors import ArgumentError
 from latte_flow.model.files import locate
 
 MAX_CHARACTERS = 2**20
@@ -25,7 +26,7 @@ def check_template(text: str) -> str:
     except ValueError:  # a single brace
         blanks = []
     if blanks != [["", "", None]]:  # name, format and conversion: {:>9999999999} would exhaust memory
-        raise ValueError("a text with {} exactly once (other braces doubled)")
+        raise ArgumentError("a text with {} exactly once (other braces doubled)")
     return text
 
 
@@ -59,17 +60,17 @@ def read_settings(kind: Callable[..., T], values: Any) -> T:
     """Return settings made of values that were read from a file.
 
     Raises:
-        ValueError: names the first field that is unknown, missing, or has a value of another type or out of range.
+        ArgumentError: names the first field that is unknown, missing, or has a value of another type or out of range.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"got {reprlib.repr(values)}; accepted: an object, name -> value")
+        raise ArgumentError(f"got {reprlib.repr(values)}; accepted: an object, name -> value")
     try:
         return kind(**values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(map(str, first["loc"]))
         accepted = first.get("ctx", {}).get("error") or first["msg"]
-        raise ValueError(f"{name}: got {reprlib.repr(first['input'])}; accepted: {accepted}") from error
+        raise ArgumentError(f"{name}: got {reprlib.repr(first['input'])}; accepted: {accepted}") from error
 
 
 def portable_path(path: str | None) -> str | None:
@@ -89,9 +90,9 @@ def locate_saved(path: str, folder: Path, argument: str) -> str:
         argument: what a caller can give instead, for the error message.
 
     Raises:
-        ValueError: when it is missing; a hub id must be in the local cache.
+        ArgumentError: when it is missing; a hub id must be in the local cache.
     """
     try:
         return locate(os.path.normpath(folder / path) if path.startswith("../") else path, download=False)
     except ValueError as error:
-        raise ValueError(f"{error} ({argument})") from error
+        raise ArgumentError(f"{error} ({argument})") from error

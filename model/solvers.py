@@ -11,6 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
+from latte_flow.model.errors import ArgumentError
 from latte_flow.model.flow_matching import NUM_TRAIN_TIMESTEPS
 from latte_flow.model.tables import Entry, enter, look_up
 
@@ -60,7 +61,7 @@ def register_solver(name: str) -> Callable[[Entry], Entry]:
     """Enter a solver into the table: a class or function without arguments that returns a ``Solver``.
 
     Raises:
-        ValueError: when the name is taken.
+        ArgumentError: when the name is taken.
     """
     return partial(enter, SOLVERS, name)
 
@@ -166,7 +167,7 @@ def integrate(
         The state at timesteps[-1].
 
     Raises:
-        ValueError: when the solver is unknown, or draws noise and gets none.
+        ArgumentError: when the solver is unknown, or draws noise and gets none.
     """
     advance, group_before = look_up(SOLVERS, solver, "solver")(), None
     for index, (tau, next_tau) in enumerate(progress(list(itertools.pairwise(timesteps)))):
@@ -184,7 +185,7 @@ def integrate(
 
 def _draw(noise: Callable[[int], Tensor] | None, index: int, solver: str) -> Tensor:
     if noise is None:
-        raise ValueError(
+        raise ArgumentError(
             f"solver: {solver} draws noise in every step and needs seeds; accepted: seed, instead of latents or a generator"
         )
     return noise(index)

@@ -2,6 +2,8 @@
 
 from typing import TypeVar
 
+from latte_flow.model.errors import ArgumentError
+
 Entry = TypeVar("Entry")
 
 
@@ -9,10 +11,10 @@ def enter(table: dict, name: str, entry: Entry) -> Entry:
     """Add an entry to a table and return it.
 
     Raises:
-        ValueError: when the name is taken.
+        ArgumentError: when the name is taken.
     """
     if name in table:
-        raise ValueError(f"{name!r} is taken; accepted: another name than {', '.join(table)}")
+        raise ArgumentError(f"{name!r} is taken; accepted: another name than {', '.join(table)}")
     table[name] = entry
     return entry
 
@@ -21,8 +23,8 @@ def look_up(table: dict[str, Entry], name: str, argument: str) -> Entry:
     """Return the entry of a table.
 
     Raises:
-        ValueError: when the name is unknown; the message begins with the argument and lists the table.
+        ArgumentError: when the name is unknown; the message begins with the argument and lists the table.
     """
     if name not in table:
-        raise ValueError(f"{argument}: {name!r} is unknown; accepted values: {', '.join(table)}")
+        raise ArgumentError(f"{argument}: {name!r} is unknown; accepted values: {', '.join(table)}")
     return table[name]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from latte_flow.model.backbone import BACKBONES, HEAD_NORMS, Backbone
+from latte_flow.model.errors import ArgumentError
 
 ROUNDING = 0.1
 """Largest accepted difference between replicas, relative to the tensor's largest absolute value. Optimizer moments differ most:
@@ -60,13 +61,13 @@ def take_part(name: str, tensor: Tensor, rank: int, size: int) -> Tensor:
     """Return a rank's part of a parameter, a view.
 
     Raises:
-        ValueError: when ``size`` does not divide it.
+        ArgumentError: when ``size`` does not divide it.
     """
     dim = partition_dim(name)
     if dim is None:
         return tensor
     if tensor.shape[dim] % size:
-        raise ValueError(f"tensor_parallel: {size} does not divide dimension {dim} of {name}, {list(tensor.shape)}")
+        raise ArgumentError(f"tensor_parallel: {size} does not divide dimension {dim} of {name}, {list(tensor.shape)}")
     return tensor.chunk(size, dim)[rank]
 
 
@@ -80,7 +81,7 @@ def join_parts(name: str, parts: Sequence[Tensor]) -> Tensor:
     """Return a whole parameter from the parts of ranks 0, 1, ...; of a replicated one, rank 0's copy.
 
     Raises:
-        ValueError: when parts that should be the same differ by more than rounding.
+        ArgumentError: when parts that should be the same differ by more than rounding.
     """
     dim = partition_dim(name)
     if dim is not None:
@@ -89,7 +90,7 @@ def join_parts(name: str, parts: Sequence[Tensor]) -> Tensor:
     for part in parts[1:]:
         # Each part's gradient is summed over data-parallel ranks of its own, on GPUs in an order that need not be the same.
         if not torch.equal(part, first) and not (part - first).abs().max() <= ROUNDING * first.abs().max():
-            raise ValueError(f"{name}: differs between tensor-parallel ranks that should all hold the same")
+            raise ArgumentError(f"{name}: differs between tensor-parallel ranks that should all hold the same")
     return first
 
 
@@ -97,7 +98,7 @@ def check_tensor_parallel(text_config, size: int) -> None:
     """Check that a number of tensor-parallel ranks can split the layers of a language model.
 
     Raises:
-        ValueError: if not; the message names what it does not divide, and what is accepted.
+        ArgumentError: if not; the message names what it does not divide, and what is accepted.
     """
     numbers = {
         name: getattr(text_config, name) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -106,4 +107,6 @@ def check_tensor_parallel(text_config, size: int) -> None:
         limit = min(numbers.values())
         accepted = [n for n in range(1, limit + 1) if not any(number % n for number in numbers.values())]
         shapes = ", ".join(f"{name} {number}" for name, number in numbers.items())
-        raise ValueError(f"tensor_parallel: {size} does not divide {shapes}; accepted: {', '.join(map(str, accepted))}")
+        raise ArgumentError(
+            f"tensor_parallel: {size} does not divide {shapes}; accepted: {', '.join(map(str, accepted))}"
+        )

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from latte_flow.model.errors import ArgumentError
 from latte_flow.model.flow_matching import NUM_TRAIN_TIMESTEPS
 from latte_flow.model.tables import Entry, enter, look_up
 from latte_flow.model.timestep_experts import TimestepExperts
@@ -18,7 +19,7 @@ def register_time_grid(name: str) -> Callable[[Entry], Entry]:
     """Enter a time grid into the table.
 
     Raises:
-        ValueError: when the name is taken.
+        ArgumentError: when the name is taken.
     """
     return partial(enter, TIME_GRIDS, name)
 
@@ -30,10 +31,10 @@ def uniform_timesteps(num_steps: int, shift: float = 1.0) -> list[float]:
     From integers: 1000 (n - i) / n is exact where it is a boundary between experts, 1000 (1 - i / n) may be beside it.
 
     Raises:
-        ValueError: when num_steps is not positive.
+        ArgumentError: when num_steps is not positive.
     """
     if num_steps < 1:
-        raise ValueError(f"num_steps: got {num_steps}; accepted: 1 or more")
+        raise ArgumentError(f"num_steps: got {num_steps}; accepted: 1 or more")
     return [NUM_TRAIN_TIMESTEPS * (num_steps - i) / num_steps for i in range(num_steps + 1)]
 
 
@@ -42,10 +43,10 @@ def shifted_timesteps(num_steps: int, shift: float) -> list[float]:
     """Return timesteps moved towards the noise: sigma -> shift sigma / (1 + (shift - 1) sigma) (Esser et al., arXiv 2403.03206).
 
     Raises:
-        ValueError: when num_steps or the shift is not positive.
+        ArgumentError: when num_steps or the shift is not positive.
     """
     if not 0 < shift < math.inf:
-        raise ValueError(f"shift: got {shift}; accepted: greater than 0")
+        raise ArgumentError(f"shift: got {shift}; accepted: greater than 0")
     sigmas = [tau / NUM_TRAIN_TIMESTEPS for tau in uniform_timesteps(num_steps)]
     inner = [NUM_TRAIN_TIMESTEPS * shift * sigma / (1 + (shift - 1) * sigma) for sigma in sigmas[1:-1]]
     return [float(NUM_TRAIN_TIMESTEPS), *inner, 0.0]
@@ -80,7 +81,7 @@ def make_timesteps(
         allow_skipped_experts: whether some groups may run no step at all.
 
     Raises:
-        ValueError: when an argument is invalid, or a group would be skipped; the message names the argument.
+        ArgumentError: when an argument is invalid, or a group would be skipped; the message names the argument.
     """
     if timesteps is None:
         shift = math.sqrt(num_image_tokens / BASE_IMAGE_TOKENS) if shift is None else shift
@@ -89,14 +90,14 @@ def make_timesteps(
         taus = [float(tau) for tau in timesteps]
     ends = len(taus) > 1 and (taus[0], taus[-1]) == (NUM_TRAIN_TIMESTEPS, 0)
     if not ends or not all(high > low for high, low in itertools.pairwise(taus)):
-        raise ValueError(
+        raise ArgumentError(
             f"timesteps: got {taus}; accepted: numbers strictly descending from {NUM_TRAIN_TIMESTEPS} to 0"
         )
     if align_to_experts:
         taus = _align(taus, [experts.strict_interval(group)[1] for group in range(experts.num_groups - 1)])
     running = {experts.owner(tau) for tau in taus[:-1]}
     if len(running) < experts.num_groups and not allow_skipped_experts:
-        raise ValueError(
+        raise ArgumentError(
             f"num_steps: {len(taus) - 1} steps run {len(running)} of the {experts.num_groups} experts; accepted: more steps, or "
             "allow_skipped_experts"
         )
@@ -108,7 +109,7 @@ def _align(taus: list[float], boundaries: Sequence[float]) -> list[float]:
     inner = range(1, len(taus) - 1)
     nearest = [min(inner, key=lambda i: abs(taus[i] - boundary), default=0) for boundary in boundaries]
     if len(set(nearest) - {0}) < len(boundaries):
-        raise ValueError(
+        raise ArgumentError(
             f"align_to_experts: {len(taus) - 1} steps have no timestep for each of the {len(boundaries)} boundaries between "
             "experts; accepted: more steps"
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from latte_flow.model.errors import ArgumentError
 from latte_flow.model.flow_matching import NUM_TRAIN_TIMESTEPS
 
 
@@ -36,7 +37,7 @@ class TimestepExperts:
         boundaries: K + 1 timesteps, strictly descending from 1000 to 0; None for the paper's uniform ones.
 
     Raises:
-        ValueError: when K does not divide L, or the boundaries or the overlap do not make K intervals.
+        ArgumentError: when K does not divide L, or the boundaries or the overlap do not make K intervals.
     """
 
     num_layers: int
@@ -48,7 +49,7 @@ class TimestepExperts:
     def __post_init__(self):
         if self.num_groups < 1 or self.num_layers % self.num_groups:
             divisors = [k for k in range(1, self.num_layers + 1) if self.num_layers % k == 0]
-            raise ValueError(
+            raise ArgumentError(
                 f"num_groups: {self.num_groups} does not divide the {self.num_layers} layers of the model; "
                 f"accepted values: {', '.join(map(str, divisors))}"
             )
@@ -58,11 +59,11 @@ class TimestepExperts:
         bounds = self._bounds
         expected = f"{self.num_groups + 1} numbers strictly descending from {NUM_TRAIN_TIMESTEPS} to 0"
         if len(bounds) != self.num_groups + 1 or bounds[0] != NUM_TRAIN_TIMESTEPS or bounds[-1] != 0:
-            raise ValueError(f"timestep_boundaries: got {list(bounds)}; accepted: {expected}")
+            raise ArgumentError(f"timestep_boundaries: got {list(bounds)}; accepted: {expected}")
         if not all(high > low for high, low in itertools.pairwise(bounds)):  # a NaN is not descending either
-            raise ValueError(f"timestep_boundaries: got {list(bounds)}; accepted: {expected}")
+            raise ArgumentError(f"timestep_boundaries: got {list(bounds)}; accepted: {expected}")
         if not 0 <= self.overlap <= NUM_TRAIN_TIMESTEPS:
-            raise ValueError(f"timestep_overlap: got {self.overlap}; accepted: 0 to {NUM_TRAIN_TIMESTEPS} timesteps")
+            raise ArgumentError(f"timestep_overlap: got {self.overlap}; accepted: 0 to {NUM_TRAIN_TIMESTEPS} timesteps")
 
     @property
     def group_size(self) -> int:
@@ -97,10 +98,10 @@ class TimestepExperts:
         """Return the one group that runs at timestep tau when sampling.
 
         Raises:
-            ValueError: when tau lies outside [0, 1000].
+            ArgumentError: when tau lies outside [0, 1000].
         """
         if not 0 <= tau <= NUM_TRAIN_TIMESTEPS:
-            raise ValueError(f"tau: got {tau}; accepted: a timestep in [0, {NUM_TRAIN_TIMESTEPS}]")
+            raise ArgumentError(f"tau: got {tau}; accepted: a timestep in [0, {NUM_TRAIN_TIMESTEPS}]")
         return next(k for k in range(self.num_groups) if tau > self._bounds[k + 1] or k == self.num_groups - 1)
 
     def draw_timesteps(self, uniform: Tensor, group: Tensor) -> Tensor:

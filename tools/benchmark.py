@@ -35,6 +35,7 @@ from latte_flow.model.attention import AttentionSpec, ContextKeyValues, joint_at
 from latte_flow.model.codecs import load_codec
 from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.model.context import encode_context, tokenize_prompts
+from latte_flow.model.errors import ArgumentError
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.sampling import sample_latents
 from latte_flow.model.timestep_experts import TimestepExperts
@@ -312,7 +313,7 @@ def benchmark_attention(size: str, batch_size: int, steps: int) -> list[dict]:
             )
             try:
                 spec = AttentionSpec(backend, True, "raw", "logits", head_dim, tokens)
-            except ValueError as error:
+            except ArgumentError as error:
                 print(f"attention/{backend}: {error}", file=sys.stderr)
                 continue
 

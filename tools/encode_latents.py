@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from latte_flow.model.codecs import CODECS, PRESETS, LatentCodec, load_codec
+from latte_flow.model.errors import ArgumentError
 from latte_flow.tools.command_line import check_paths, check_positive, run_function
 from latte_flow.training.configs.fields import DataConfig
 from latte_flow.training.data.datasets import load_image_dataset
@@ -236,7 +237,7 @@ def _load_encoder(
                 dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
             )
         encoder.latent_size(resolution)
-    except ValueError as error:  # the codec's own checks name the field and what is accepted
+    except ArgumentError as error:  # the codec's own checks name the field and what is accepted
         raise UserError(str(error)) from error
     if encoder.image_channels != image_channels:
         raise UserError(

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from latte_flow.model.errors import ArgumentError
 from latte_flow.model.images import grid_scale, make_grid, to_pil
 from latte_flow.model.pipeline import LatteFlowPipeline
 from latte_flow.model.sampling import image_seeds
@@ -121,7 +122,7 @@ def sample(
     try:  # before the folder is made
         look_up(SOLVERS, solver, "solver")
         make_timesteps(pipeline.model.experts, pipeline.model.config.num_image_tokens, **sampler)
-    except ValueError as error:
+    except ArgumentError as error:
         raise UserError(str(error)) from error
     total = num_images or len(conditions)
     folder.mkdir(parents=True, exist_ok=True)

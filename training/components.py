@@ -23,6 +23,7 @@ from transformers import (
 from latte_flow.model.backbone import checkpoint_folder, fingerprint, load_tokenizer, load_vlm, read_vlm_config
 from latte_flow.model.codecs import LatentCodec, codec_checkpoint, load_codec
 from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.model.errors import ArgumentError
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.settings import read_settings
 from latte_flow.model.tensor_split import check_tensor_parallel
@@ -181,7 +182,7 @@ def _as_user_errors() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except ValueError as error:
+    except ArgumentError as error:
         raise UserError(str(error)) from error
 
 

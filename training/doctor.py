@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -157,6 +157,23 @@ def examine(config: TrainingConfig, facts: Facts) -> list[str]:
     return [warning for check in CHECKS if (warning := check(config, facts)) is not None]
 
 
+def facts_of(model: LatteFlowModel, sizes: Mapping[str, int], latent_std: float | None = None) -> Facts:
+    """Return the facts of a network.
+
+    Args:
+        model: the network, or a part of it.
+        sizes: number of elements of each whole parameter.
+        latent_std: standard deviation of pre-encoded latents.
+    """
+    parameters = dict(model.named_parameters())
+    return Facts(
+        trained=sum(sizes[name] for name, p in parameters.items() if p.requires_grad),
+        weights_bytes=sum(sizes[name] * p.element_size() for name, p in parameters.items()),
+        num_groups=model.experts.num_groups,
+        latent_std=latent_std,
+    )
+
+
 class Doctor:
     """Warns of a run that trains, each warning once.
 
@@ -169,13 +186,8 @@ class Doctor:
 
     def __init__(self, config: TrainingConfig, model: LatteFlowModel, ranks: Ranks, images: Images):
         sizes = {name: ranks.whole_size(name, p) for name, p in model.named_parameters()}
-        self.config = config
-        self.facts = Facts(
-            trained=sum(sizes[name] for name, p in model.named_parameters() if p.requires_grad),
-            weights_bytes=sum(sizes[name] * p.element_size() for name, p in model.named_parameters()),
-            num_groups=model.experts.num_groups,
-            latent_std=images.manifest["statistics"]["std"] if isinstance(images, LatentDataset) else None,
-        )
+        latent_std = images.manifest["statistics"]["std"] if isinstance(images, LatentDataset) else None
+        self.config, self.facts = config, facts_of(model, sizes, latent_std)
         self._printed: set[str] = set()
 
     def examine(self, seconds_per_step: float | None = None) -> None:

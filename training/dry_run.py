@@ -20,7 +20,7 @@ from latte_flow.training.configs.deepspeed import FLOAT32, deepspeed_file, load_
 from latte_flow.training.configs.fields import Assumptions, TrainingConfig
 from latte_flow.training.distributed.batch_layout import BatchLayout, make_batch_layout
 from latte_flow.training.distributed.ranks import data_parallel_size
-from latte_flow.training.doctor import Facts, examine
+from latte_flow.training.doctor import examine, facts_of
 from latte_flow.training.objectives.base import Counts, MetaParts, find_objectives, freeze_unreached
 
 META = torch.device("meta")
@@ -105,7 +105,8 @@ def dry_run(config: TrainingConfig, assumed: Assumptions) -> DryRun:
     load_deepspeed_config(config, layout)
     model, vlm = _build_networks(config, components)
     freeze_unreached(model, kinds.values())
-    parameters, whole = count_parameters(model, vlm), sum(p.numel() for p in model.parameters())
+    parameters = count_parameters(model, vlm)
+    facts = facts_of(model, {name: p.numel() for name, p in model.named_parameters()})
     _split_over_ranks(config.tensor_parallel, model, vlm)
     parts = MetaParts(config, components, model, vlm, layout, assumed)
     memory, operations, notes = count_model_memory(config, model, layout), 0.0, []
@@ -119,13 +120,8 @@ def dry_run(config: TrainingConfig, assumed: Assumptions) -> DryRun:
         notes += [counts.note] if counts.note else []
     rate = data_size * config.tensor_parallel * assumed.peak_tflops * 1e12 * assumed.utilisation
     seconds = operations * config.global_batch_size * config.max_steps / rate
-    facts = Facts(
-        trained=int(parameters["trained"]),
-        weights_bytes=compute_dtype(config).itemsize * whole,
-        num_groups=model.experts.num_groups,
-        seconds_per_step=seconds / config.max_steps,
-    )
-    return DryRun(parameters, memory, flops, layout, notes, seconds, examine(config, facts))
+    warnings = examine(config, replace(facts, seconds_per_step=seconds / config.max_steps))
+    return DryRun(parameters, memory, flops, layout, notes, seconds, warnings)
 
 
 def _build_networks(config: TrainingConfig, components: MetaComponents) -> tuple[LatteFlowModel, nn.Module]:

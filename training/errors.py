@@ -11,8 +11,10 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from latte_flow.model.errors import ArgumentError
 
-class UserError(ValueError):
+
+class UserError(ArgumentError):
     """An invalid configuration, a missing file, a checkpoint of another model. Names the field or file and what is accepted."""
 
 
@@ -26,7 +28,7 @@ def naming(section: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except ValueError as error:
+    except ArgumentError as error:
         raise UserError(f"{section}.{error}") from error
 
 

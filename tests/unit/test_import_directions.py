@@ -82,6 +82,12 @@ def test_model_imports_no_distributed_training_library():
     assert offenders("model", lambda _, name: name.split(".")[0] in FOREIGN_TO_MODEL) == []
 
 
+def test_model_raises_no_plain_value_error():
+    """Callers turn an ArgumentError into one line; a plain ValueError is a bug and keeps its traceback."""
+    found = [path.name for path in product_files("model") if "raise ValueError" in path.read_text()]
+    assert found == []
+
+
 def test_training_imports_downwards():
     names = {path.stem if path.is_file() else path.name for path in (ROOT / "training").iterdir()}
     assert names - {"__init__", "__pycache__"} <= LEVEL.keys(), "a file or folder that ORDER does not place"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.model.errors import ArgumentError
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.tables import enter, look_up
 from latte_flow.training.components import Components, Images, MetaComponents
@@ -158,7 +159,7 @@ def find_objectives(config: TrainingConfig) -> dict[str, type[Objective]]:
     """
     try:
         return {name: look_up(OBJECTIVES, name, "objectives") for name in sorted(config.objectives)}
-    except ValueError as error:
+    except ArgumentError as error:
         raise UserError(str(error)) from error
 
 

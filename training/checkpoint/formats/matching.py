@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from latte_flow.model.errors import ArgumentError
 from latte_flow.training.checkpoint.formats.source import TensorInfo, TrainingState, WeightSource
 
 
@@ -19,7 +20,7 @@ def match_weights(model: nn.Module, tensors: Mapping[str, TensorInfo | Tensor]) 
         Name in the network -> its available names, one or more.
 
     Raises:
-        ValueError: when a weight is missing, unknown or of another shape; the message names the first few.
+        ArgumentError: when a weight is missing, unknown or of another shape; the message names the first few.
     """
     own = model.state_dict(keep_vars=True)
     names_of: dict[int, list[str]] = {}
@@ -35,7 +36,7 @@ def match_weights(model: nn.Module, tensors: Mapping[str, TensorInfo | Tensor]) 
     for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong)):
         if names:
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise ValueError(f"weights: {len(names)} {what}: {shown}; they do not belong to this network")
+            raise ArgumentError(f"weights: {len(names)} {what}: {shown}; they do not belong to this network")
     return {names[0]: [name for name in names if name in tensors] for names in names_of.values()}
 
 
@@ -50,7 +51,7 @@ def load_weights(
         kind: the kind of weights to read from a source; None for its first.
 
     Raises:
-        ValueError: as ``match_weights``, before anything is loaded; or when a file is damaged.
+        ArgumentError: as ``match_weights``, before anything is loaded; or when a file is damaged.
     """
     own = model.state_dict(keep_vars=True)
     infos: Mapping = weights.tensors if isinstance(weights, WeightSource) else weights
@@ -66,7 +67,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() and tensor.numel():
         low, high = tensor.aminmax()  # without a copy: a copy would double the memory of a conversion
         if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise ValueError(
+            raise ArgumentError(
                 f"{name}: holds NaN or infinite values as {str(tensor.dtype).removeprefix('torch.')}; accepted: finite values, "
                 "as in an earlier checkpoint of the run, or a type with a larger range"
             )
@@ -82,7 +83,7 @@ class MatchedSource(WeightSource):
         dtype: dtype to cast floating-point weights to; None keeps theirs.
 
     Raises:
-        ValueError: as ``match_weights``, or when weights that are tied in the network differ in the source; from ``read``, for
+        ArgumentError: as ``match_weights``, or when weights that are tied in the network differ in the source; from ``read``, for
             NaN or infinite values.
     """
 
@@ -98,7 +99,7 @@ class MatchedSource(WeightSource):
         for name, there in self._names.items():
             for other in there[1:]:
                 if not torch.equal(source.read(there[0], kind), source.read(other, kind)):
-                    raise ValueError(f"weights: {there[0]} and {other} differ, but {name} is tied in this network")
+                    raise ArgumentError(f"weights: {there[0]} and {other} differ, but {name} is tied in this network")
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -107,7 +108,7 @@ class MatchedSource(WeightSource):
     def _read(self, name: str, kind: str) -> Tensor:
         tensor = self._source.read(self._names[name][0], kind)
         if tensor.shape != self._tensors[name].shape:
-            raise ValueError(
+            raise ArgumentError(
                 f"{self.path}: {name} is {list(tensor.shape)}, but was announced as {list(self._tensors[name].shape)}"
             )
         cast = tensor.to(self._cast(tensor.dtype))
