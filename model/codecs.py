@@ -16,7 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from latte_flow.model.files import locate
+from latte_flow.model.files import check_sizes, loading, locate
 
 CODECS = ("pixel", "dc-ae")
 SCALING_TOLERANCE = 1e-4
@@ -198,14 +198,12 @@ class DCAECodec(LatentCodec):
             ValueError: when it is missing, damaged, another model's, or lacks weights.
         """
         _read_settings(path)
-        try:
+        with loading(path):
             autoencoder, report = AutoencoderDC.from_pretrained(
                 path, torch_dtype=torch_dtype or torch.float32, output_loading_info=True, **kwargs
             )
             if report["missing_keys"]:  # diffusers leaves these random and goes on
                 raise ValueError(f"its weights lack {', '.join(report['missing_keys'][:3])}, ...")
-        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: weights of other shapes
-            raise ValueError(f"path: cannot load {path}: {error}") from error
         return cls(autoencoder, scaling_factor)
 
     def train(self, mode: bool = True) -> "DCAECodec":
@@ -283,10 +281,9 @@ def _read_settings(path: str | Path) -> dict:
         ValueError: when there is none, it is of another model, or see ``model.files.locate``.
     """
     path = locate(path)
-    try:
+    with loading(path):
         settings = AutoencoderDC.load_config(path)
-    except OSError as error:
-        raise ValueError(f"path: cannot load {path}: {error}") from error
+        check_sizes(settings)
     if settings.get("_class_name") != AutoencoderDC.__name__:
         found = settings.get("_class_name")
         raise ValueError(f"path: cannot load {path}: it holds a {found}; accepted: an {AutoencoderDC.__name__}")

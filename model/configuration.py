@@ -1,6 +1,5 @@
 """LatteFlowConfig: everything that defines the network. Defaults are the paper's values, or ours where it is silent."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from latte_flow.model.attention import AttentionSpec
 from latte_flow.model.backbone import Backbone, backbone_of
-from latte_flow.model.files import check_config, without_local_paths
+from latte_flow.model.files import check_config, check_sizes, read_json, without_local_paths
 from latte_flow.model.timestep_experts import TimestepExperts
 
 VARIANTS = ("couple", "blend")
@@ -140,6 +139,7 @@ class LatteFlowConfig(PretrainedConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """Return the configuration that was saved, except that the attention backend is chosen for this machine."""
+        check_sizes(config_dict)
         return super().from_dict(config_dict | {"attention_backend": "auto"}, **kwargs)
 
     def to_dict(self) -> dict:
@@ -212,12 +212,11 @@ def load_network_config(folder: Path) -> LatteFlowConfig:
     Raises:
         ValueError: when it is of another kind of model, or damaged.
     """
-    file = folder / "config.json"
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+
+    def check(settings: dict) -> LatteFlowConfig:
         kind = settings.get("model_type")
         if kind != LatteFlowConfig.model_type:
             raise ValueError(f"describes a {kind} model; accepted: {LatteFlowConfig.model_type}")
         return LatteFlowConfig.from_dict(settings)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file}: {error}") from error
+
+    return read_json(folder / "config.json", check)

@@ -10,7 +10,6 @@ the same with any number of ranks. After a kill, the same command resumes; finis
 """
 
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -21,13 +20,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from latte_flow.model.codecs import PRESETS, LatentCodec, load_codec
-from latte_flow.tools.command_line import check_paths, check_positive, run_function
+from latte_flow.tools.command_line import check_paths, check_positive, find_device, run_function
 from latte_flow.training.configs.fields import DataConfig
 from latte_flow.training.data.datasets import load_image_dataset
 from latte_flow.training.data.images import ImageDataset
 from latte_flow.training.data.latents.dataset import FORMAT, latent_columns
 from latte_flow.training.data.latents.writer import LatentWriter
 from latte_flow.training.data.sources import detect_dataset
+from latte_flow.training.distributed.ranks import launched_ranks
 from latte_flow.training.errors import UserError, naming
 from latte_flow.training.monitor.progress import hide_library_bars, progress_bar
 
@@ -92,8 +92,7 @@ def encode_latents(
         raise UserError(f"num_workers: got {num_workers}; accepted: 0 or more")
     if not 0 <= max_broken_fraction < 1:
         raise UserError(f"max_broken_fraction: got {max_broken_fraction}; accepted: 0 to less than 1")
-    if not 0 <= rank < world_size:
-        raise UserError(f"RANK: got {rank} with WORLD_SIZE {world_size}; accepted: 0 to WORLD_SIZE - 1")
+    device = find_device(device)
     hide_library_bars()
     if dataset is None:
         dataset = "digits" if source == "digits" else detect_dataset(Path(source))
@@ -113,7 +112,6 @@ def encode_latents(
     encoder = _load_encoder(
         codec, scaling_factor, patch, image_channels=images.image_channels, resolution=resolution, precision=precision
     )
-    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     origin = {
         "dataset": dataset,
         "path": None if dataset == "digits" else str(Path(source).absolute()),
@@ -199,20 +197,18 @@ def _load_encoder(
         UserError: when it cannot be loaded or does not accept them.
     """
     kind, path = _kind_and_path(codec)
-    try:
-        with naming("codec"):
-            encoder = load_codec(
-                kind,
-                path=None if codec in PRESETS else path,
-                preset=codec if codec in PRESETS else None,
-                scaling_factor=scaling_factor,
-                image_channels=image_channels,
-                patch=patch,
-                dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-            )
+    with naming("codec."):
+        encoder = load_codec(
+            kind,
+            path=None if codec in PRESETS else path,
+            preset=codec if codec in PRESETS else None,
+            scaling_factor=scaling_factor,
+            image_channels=image_channels,
+            patch=patch,
+            dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        )
+    with naming():
         encoder.latent_size(resolution)
-    except ValueError as error:  # the codec's own checks name the field and what is accepted
-        raise UserError(str(error)) from error
     if encoder.image_channels != image_channels:
         raise UserError(
             f"codec: takes {encoder.image_channels} image channels, the images have {image_channels}; accepted: the same"
@@ -298,8 +294,7 @@ def _wait_for_other_ranks(writer: LatentWriter, progress: tqdm, minutes: float) 
 def run() -> int:
     """Run the command line and return its exit code (console script)."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return run_function(encode_latents, rank=rank, world_size=world_size)
+    return run_function(encode_latents, lambda: dict(zip(("rank", "world_size"), launched_ranks(), strict=True)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 
 from latte_flow.model.backbone import BACKBONES
 from latte_flow.model.configuration import LatteFlowConfig, load_network_config
+from latte_flow.model.files import reading
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.tensor_split import check_tensor_parallel
 from latte_flow.tools.command_line import check_paths
@@ -148,7 +149,7 @@ def match(
         kind = config.vlm_config.model_type
         raise UserError(f"to: {to}; the VLM is a {kind}; accepted: {config.backbone.export_format}")
     check_tensor_parallel(config.text_config, tensor_parallel)
-    with torch.device("meta"):
+    with reading(opened.components / "config.json"), torch.device("meta"):
         network = LatteFlowModel(config)
     matched = MatchedSource(source, network, weights or source.default_kind, None if dtype is None else DTYPES[dtype])
     if keeps_state:
