@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 
@@ -39,6 +40,7 @@ TRACEBACK = "LATTE_FLOW_TRACEBACK"
 REMEDIES = {
     errno.ENOENT: "a path that exists",
     errno.ENOTDIR: "a folder",
+    errno.EEXIST: "a path where nothing is in the way",
     errno.EISDIR: "a file",
     errno.ENAMETOOLONG: "a shorter name",
     errno.EACCES: "a path that this user may read and write",
@@ -51,6 +53,8 @@ REMEDIES = {
     errno.ENOMEM: "more memory",
 }
 """What is accepted where the operating system reports an error."""
+WRITE_FAILED = re.compile(r"unexpected pos \d+ vs \d+|PytorchStreamWriter failed|serializing: I/O error")
+"""What torch and safetensors say in place of an OSError."""
 OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 """torch's message for a MemoryError."""
 FIRST_RANK_SECONDS = 30.0
@@ -70,14 +74,14 @@ def exit_code(program: Callable[[], None]) -> int:
     except KeyboardInterrupt:  # a run that trains treats it as a stop request (monitor/preemption.py)
         print("interrupted", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError, SafetensorError) as error:
         line = _in_one_line(error)
         if line is None:
             raise
         if os.environ.get(TRACEBACK) == "1":
             traceback.print_exc()
         rank = os.environ.get("RANK", "0")
-        if rank != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
+        if rank.isdecimal() and rank != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run's own handler would delay the exit
             time.sleep(FIRST_RANK_SECONDS)
         with tqdm.external_write_mode(file=sys.stderr):  # on its own line, not at the end of a progress bar
@@ -102,6 +106,8 @@ def _in_one_line(error: Exception) -> str | None:
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         accepted = REMEDIES.get(error.errno or 0, "another path")
         return f"{names or 'a file'}: {error.strerror}; accepted: {accepted}"
+    if WRITE_FAILED.search(text):
+        return f"a file could not be written ({' '.join(text.split())}); accepted: free space, and files of any size (ulimit -f)"
     if isinstance(error, MemoryError) or OUT_OF_MEMORY in text:
         return f"memory ran out ({text or type(error).__name__}); accepted: more memory, or smaller sizes"
     return None

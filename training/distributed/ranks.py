@@ -81,24 +81,20 @@ def launched_ranks(*more: str) -> tuple[int, int]:
     Raises:
         UserError: when they are set in part or have no sensible value, as if left in the shell.
     """
-    given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", *more)}
     rank, world_size = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE"))
     if rank is world_size is None:
         return 0, 1
-    missing = [name for name, value in given.items() if not value]
-    numbers = [name for name in (*given, "LOCAL_RANK") if name != "MASTER_ADDR" and os.environ.get(name)]
-    if wrong := [f"{name}={os.environ[name]}" for name in numbers if not NUMBER.fullmatch(os.environ[name])]:
-        reason = f"{', '.join(wrong)}: no number"
-    elif missing:
-        reason = f"{', '.join(missing)} not set"
-    elif int(rank) >= int(world_size):
-        reason = f"RANK {rank} of WORLD_SIZE {world_size}"
-    else:
-        return int(rank), int(world_size)
-    raise UserError(
-        f"environment: RANK={rank} WORLD_SIZE={world_size}, but {reason}; accepted: all as a launcher sets them, or none "
-        "(unset RANK WORLD_SIZE)"
-    )
+    needed = ("RANK", "WORLD_SIZE", *more)
+    given = {name: value for name in (*needed, "LOCAL_RANK") if (value := os.environ.get(name))}
+    missing = [name for name in needed if name not in given]
+    wrong = [name for name, value in given.items() if name != "MASTER_ADDR" and not NUMBER.fullmatch(value)]
+    if missing or wrong or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        reason = f"{', '.join(missing)} not set" if missing else f"{', '.join(wrong) or 'RANK'} out of range"
+        shown = " ".join(f"{name}={value}" for name, value in given.items())
+        raise UserError(
+            f"environment: {shown}, but {reason}; accepted: all as a launcher sets them, or none (unset RANK WORLD_SIZE)"
+        )
+    return int(given["RANK"]), int(given["WORLD_SIZE"])
 
 
 def start_alone_without_launcher() -> None:
