@@ -27,7 +27,7 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 
 from latte_flow.model.errors import ArgumentError
-from latte_flow.model.files import ACCEPTED, cached_snapshot, check_config, locate
+from latte_flow.model.files import ACCEPTED, cached_snapshot, check_config, check_sizes, loading, locate
 from latte_flow.model.tables import enter, look_up
 
 SUBMODULES = {
@@ -134,11 +134,10 @@ def read_vlm_config(path: str | Path) -> PretrainedConfig:
     path = locate(path)
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ArgumentError(f"path: {path} has no config.json; accepted: {ACCEPTED}")
-    try:
+    with loading(path):
+        check_sizes(PretrainedConfig.get_config_dict(path)[0])
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         check_config(config)
-    except (OSError, ValueError) as error:  # ValueError: a model_type that transformers does not know
-        raise ArgumentError(f"path: cannot load {path}: {error}") from error
     if config.model_type not in BACKBONES:
         raise ArgumentError(f"path: {path} holds a {config.model_type}; accepted: {', '.join(BACKBONES)}")
     return config
@@ -165,11 +164,9 @@ def load_vlm(
         ArgumentError: when ``read_vlm_config`` refuses the path, or it is another VLM than expected.
     """
     read_vlm_config(path)  # refuses what is no VLM, before any weights are read
-    try:
+    with loading(path):
         vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype or "auto", trust_remote_code=False)
-        tokenizer = load_tokenizer(tokenizer_path or path)
-    except OSError as error:
-        raise ArgumentError(f"path: cannot load {path}: {error}") from error
+    tokenizer = load_tokenizer(tokenizer_path or path)
     if expected_fingerprint and fingerprint(checkpoint_folder(path)) != expected_fingerprint:
         raise ArgumentError(f"path: {path} is not the VLM that this model was trained with (fingerprint differs)")
     return vlm.eval(), tokenizer
@@ -182,7 +179,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         ArgumentError: if it comes with code of its own, which is never executed. Without an explicit answer transformers asks at
             the terminal.
     """
-    return AutoTokenizer.from_pretrained(locate(path), trust_remote_code=False)
+    path = locate(path)
+    with loading(path):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def load_image_processor(path: str | Path):
@@ -190,7 +189,8 @@ def load_image_processor(path: str | Path):
     path = locate(path)
     if Path(path).is_dir() and not (Path(path) / "preprocessor_config.json").is_file():
         return None
-    return AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
+    with loading(path):
+        return AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
 
 
 def checkpoint_folder(path: str | Path) -> Path:

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from latte_flow.model.errors import ArgumentError
-from latte_flow.model.files import locate
+from latte_flow.model.files import check_sizes, loading, locate
 from latte_flow.model.tables import Entry, enter, look_up
 
 SCALING_TOLERANCE = 1e-4
@@ -285,14 +285,12 @@ class DCAECodec(LatentCodec):
             ArgumentError: when it is missing, damaged, another model's, or lacks weights.
         """
         _read_settings(path)
-        try:
+        with loading(path):
             autoencoder, report = AutoencoderDC.from_pretrained(
                 path, torch_dtype=torch_dtype or torch.float32, output_loading_info=True, **kwargs
             )
             if report["missing_keys"]:  # diffusers leaves these random and goes on
                 raise ArgumentError(f"its weights lack {', '.join(report['missing_keys'][:3])}, ...")
-        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: weights of other shapes
-            raise ArgumentError(f"path: cannot load {path}: {error}") from error
         return cls(autoencoder, scaling_factor)
 
     def train(self, mode: bool = True) -> "DCAECodec":
@@ -357,10 +355,9 @@ def _read_settings(path: str | Path) -> dict:
         ArgumentError: when there is none, it is of another model, or see ``model.files.locate``.
     """
     path = locate(path)
-    try:
+    with loading(path):
         settings = AutoencoderDC.load_config(path)
-    except OSError as error:
-        raise ArgumentError(f"path: cannot load {path}: {error}") from error
+        check_sizes(settings)
     if settings.get("_class_name") != AutoencoderDC.__name__:
         found = settings.get("_class_name")
         raise ArgumentError(f"path: cannot load {path}: it holds a {found}; accepted: an {AutoencoderDC.__name__}")

@@ -1,6 +1,5 @@
 """LatteFlowConfig: everything that defines the network. Defaults are the paper's values, or ours where it is silent."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 from latte_flow.model.attention import AttentionSpec
 from latte_flow.model.backbone import Backbone, backbone_of
 from latte_flow.model.errors import ArgumentError
-from latte_flow.model.files import check_config, without_local_paths
+from latte_flow.model.files import check_config, check_sizes, read_json, without_local_paths
 from latte_flow.model.timestep_experts import TimestepExperts
 
 VARIANTS = ("couple", "blend")
@@ -141,6 +140,7 @@ class LatteFlowConfig(PretrainedConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """Return the configuration that was saved, except that the attention backend is chosen for this machine."""
+        check_sizes(config_dict)
         return super().from_dict(config_dict | {"attention_backend": "auto"}, **kwargs)
 
     def to_dict(self) -> dict:
@@ -213,12 +213,11 @@ def load_network_config(folder: Path) -> LatteFlowConfig:
     Raises:
         ArgumentError: when it is of another kind of model, or damaged.
     """
-    file = folder / "config.json"
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+
+    def check(settings: dict) -> LatteFlowConfig:
         kind = settings.get("model_type")
         if kind != LatteFlowConfig.model_type:
             raise ArgumentError(f"describes a {kind} model; accepted: {LatteFlowConfig.model_type}")
         return LatteFlowConfig.from_dict(settings)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ArgumentError(f"{file}: {error}") from error
+
+    return read_json(folder / "config.json", check)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from latte_flow.model.attention import ContextKeyValues
 from latte_flow.model.backbone import backbone_of
 from latte_flow.model.errors import ArgumentError
+from latte_flow.model.files import reading
 from latte_flow.model.settings import MAX_CHARACTERS
 
 
@@ -151,12 +152,14 @@ def message_ids(tokenizer, text: str, *, with_image: bool = False) -> list[int]:
     """
     content = [{"type": "image"}, {"type": "text", "text": text}] if with_image else text
     chat = [{"role": "user", "content": content}]
-    ids = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
-    )
-    if len(ids) > MAX_CHARACTERS:  # a chat template is a program: its output may be much longer than the prompt
+    # A program: it may fail, and write nothing or much more than the prompt.
+    with reading("the tokenizer's chat template"):
+        ids = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+        )
+    if not 0 < len(ids) <= MAX_CHARACTERS:
         raise ArgumentError(
-            f"prompts: {len(ids)} tokens in the tokenizer's chat format; accepted: up to {MAX_CHARACTERS}"
+            f"prompts: {len(ids)} tokens in the tokenizer's chat format; accepted: 1 to {MAX_CHARACTERS}"
         )
     return ids
 

@@ -2,8 +2,13 @@
 
 import json
 import os
+import pickle
+import re
+import reprlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -15,6 +20,45 @@ WEIGHTS = (".safetensors", ".bin")
 READ = (*WEIGHTS, ".json", ".jinja", ".txt", ".model")
 """Suffixes of the files that transformers and diffusers read."""
 ACCEPTED = "a folder written by save_pretrained, or a hub id (NAME or ORGANISATION/NAME)"
+T = TypeVar("T")
+
+
+@contextmanager
+def reading(path: str | Path, verdict: str = "damaged or in another format") -> Iterator[None]:
+    """Turn what a library raises about a file that is missing, damaged or malicious into a ValueError that names the file.
+
+    Only around what reads the file: libraries raise any kind of error about a damaged one, and a bug would look the same.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except pickle.UnpicklingError as error:
+        line = next((li.strip() for li in str(error).splitlines() if "Unsupported" in li or "GLOBAL" in li), error)
+        raise ArgumentError(f"{path}: holds an object that is not a weight and was not executed ({line})") from error
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+            raise
+        if isinstance(error, OSError) and error.errno is not None:
+            reason = "not found" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+            raise ArgumentError(f"{error.filename or path}: {reason}") from error
+        kind = "" if type(error) in (ValueError, ArgumentError) else f"{type(error).__name__}: "
+        raise ArgumentError(f"{path}: {verdict} ({kind}{' '.join(str(error).split())})") from error
+
+
+def read_json(file: Path, check: Callable[[Any], T], verdict: str = "damaged") -> T:
+    """Return what ``check`` makes of the content of a JSON file: the one reader of all JSON files that others may have written.
+
+    Args:
+        file: the file, in UTF-8.
+        check: returns the content, or raises any error, such as KeyError for a missing field.
+        verdict: what the message says of such a file.
+
+    Raises:
+        ValueError: when the file is missing, cannot be read, is not JSON, or its content is refused; it names the file.
+    """
+    with reading(file, verdict):
+        return check(json.loads(file.read_text(encoding="utf-8")))
 
 
 def locate(path: str | Path, *, download: bool = True) -> str:
@@ -42,11 +86,19 @@ def locate(path: str | Path, *, download: bool = True) -> str:
                 f"download; accepted: the same command after `hf download {text}`, or another path"
             )
         text = str(snapshot)
-    try:
+    with loading(text):
         check_model_files(Path(text))
-    except (OSError, ValueError) as error:
-        raise ArgumentError(f"path: cannot load {text}: {error}") from error
     return text
+
+
+@contextmanager
+def loading(path: str | Path) -> Iterator[None]:
+    """As ``reading``, for a library that loads the model at an argument named ``path``."""
+    try:
+        with reading(path):
+            yield
+    except ArgumentError as error:
+        raise ArgumentError(f"path: cannot load {error}") from error
 
 
 def is_hub_id(text: str, repo_type: str = "model") -> bool:
@@ -107,15 +159,36 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         ArgumentError: when it is damaged or refers to files outside its folder.
     """
-    try:
-        placed = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ArgumentError(f"{path}: damaged or in another format ({type(error).__name__}: {error})") from error
+    placed = read_json(path, lambda index: dict(index["weight_map"]))
     for name, file in placed.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise ArgumentError(f"{path}: places {name} in {file!r}; accepted: a file in the folder of the index")
         check_own_file(path.parent / file)
     return placed
+
+
+SIZES = re.compile(r"num_\w+|\w+_(size|dim|channels)|depth")
+MAX_SIZE = 2**20
+
+
+def check_sizes(settings: Any, name: str = "") -> None:
+    """Refuse a model's settings, as read from config.json, before a network of that size exhausts the memory or the time.
+
+    Args:
+        settings: the content of config.json, or of a field of it.
+        name: of the field.
+
+    Raises:
+        ValueError: names the field.
+    """
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            check_sizes(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(settings, list):
+        for value in settings:
+            check_sizes(value, name)
+    elif isinstance(settings, int) and SIZES.fullmatch(name.rpartition(".")[2]) and not 0 <= settings <= MAX_SIZE:
+        raise ArgumentError(f"{name}: got {reprlib.repr(settings)}; accepted: 0 to {MAX_SIZE}")
 
 
 def check_config(config: Any) -> None:
@@ -154,10 +227,7 @@ def copy_settings(source: Path, target: Path) -> None:
     Raises:
         ArgumentError: when it is damaged.
     """
-    content = source.read_text(encoding="utf-8")
-    try:
-        settings = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ArgumentError(f"{source}: damaged ({error})") from error
+    settings = read_json(source, lambda content: content)
     portable = without_local_paths(settings)
-    target.write_text(content if portable == settings else json.dumps(portable, indent=2) + "\n", encoding="utf-8")
+    content = source.read_text(encoding="utf-8") if portable == settings else json.dumps(portable, indent=2) + "\n"
+    target.write_text(content, encoding="utf-8")

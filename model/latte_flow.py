@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_utils import str_to_torch_dtype
@@ -25,7 +25,7 @@ from latte_flow.model.attention import ContextKeyValues, Residual
 from latte_flow.model.configuration import LatteFlowConfig, load_network_config
 from latte_flow.model.context import Context, as_key_values, encode_context
 from latte_flow.model.errors import ArgumentError
-from latte_flow.model.files import locate
+from latte_flow.model.files import locate, reading
 from latte_flow.model.generation_layer import GenerationLayer, set_initial_std
 from latte_flow.model.position import float32_positions, rotary_2d
 
@@ -386,11 +386,8 @@ def _widest_dtype(folder: Path) -> torch.dtype:
         raise ArgumentError(f"{folder}: no model.safetensors; other formats are opened by latte_flow.load_pipeline")
     names = set()
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                names |= {opened.get_slice(name).get_dtype() for name in list(opened.keys())}
-        except SafetensorError as error:
-            raise ArgumentError(f"{file}: damaged ({error})") from error
+        with reading(file), safe_open(file, framework="pt") as opened:
+            names |= {opened.get_slice(name).get_dtype() for name in list(opened.keys())}
     dtypes = [str_to_torch_dtype[name] for name in names]
     return max((dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: dtype.itemsize)
 

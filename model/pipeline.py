@@ -1,6 +1,5 @@
 """LatteFlowPipeline: prompts to pictures, pictures and questions to answers, as a pipeline of diffusers."""
 
-import json
 import reprlib
 import sys
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from latte_flow.model.backbone import load_vlm, read_vlm_config
 from latte_flow.model.codecs import LatentCodec
 from latte_flow.model.context import Context, encode_context, message_ids, tokenize_prompts, truncate_prompts
 from latte_flow.model.errors import ArgumentError
-from latte_flow.model.files import copy_settings, locate
+from latte_flow.model.files import copy_settings, locate, read_json
 from latte_flow.model.images import to_uint8
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.position import float32_positions
@@ -150,10 +149,7 @@ class LatteFlowPipeline(DiffusionPipeline):
                 f"{index} not found; accepted: a folder of save_pretrained; "
                 "latte_flow.load_pipeline opens runs and converted checkpoints"
             )
-        try:
-            _check_index(json.loads(index.read_text(encoding="utf-8")))
-        except (ValueError, RecursionError) as error:
-            raise ArgumentError(f"{index}: damaged ({error})") from error
+        read_json(index, _check_index)
         _check_components(folder)
         pipeline = super().from_pretrained(str(folder), **kwargs)
         path = pipeline.config.vlm_path

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import docstring_parser
+import torch
 from jsonargparse import ActionYesNo
 
 from latte_flow.training.configs.checked import check_path, shown
@@ -15,15 +16,20 @@ from latte_flow.training.configs.parser import OneLineParser
 from latte_flow.training.errors import UserError, exit_code
 
 
-def run_function(function: Callable, **given: Any) -> int:
-    """Call a function with the command line's arguments and ``given``; return the exit code.
+def run_function(function: Callable, given: Callable[[], dict[str, Any]] = dict) -> int:
+    """Call a function with the command line's arguments and those that ``given`` returns; return the exit code.
 
     Positional parameters become positional arguments, keyword-only ones become options; the docstring's ``Args`` give their help.
 
     Raises:
         SystemExit: with 0, after ``--help``.
     """
-    return exit_code(lambda: function(**_parse(function, skip=given.keys()), **given))
+
+    def program() -> None:
+        values = given()
+        function(**_parse(function, skip=values.keys()), **values)
+
+    return exit_code(program)
 
 
 def check_positive(**numbers: int | None) -> None:
@@ -31,6 +37,20 @@ def check_positive(**numbers: int | None) -> None:
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise UserError(f"{name}: got {value}; accepted: 1 or more")
+
+
+def find_device(device: str | None) -> str:
+    """Return the device that an argument names; None for this rank's GPU, or the CPU on a machine without.
+
+    Raises:
+        UserError: when this machine has no such device.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    accepted = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
+    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpus else "cpu")
+    if device not in accepted:
+        raise UserError(f"device: {device!r} is not on this machine; accepted: {', '.join(accepted)}")
+    return device
 
 
 def check_paths(**paths: str | os.PathLike | None) -> None:

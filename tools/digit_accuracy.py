@@ -15,9 +15,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
+from latte_flow.model.files import reading
 from latte_flow.tools.command_line import run_function
 from latte_flow.training.data.sources.digits import digits_split
-from latte_flow.training.errors import UserError
+from latte_flow.training.errors import UserError, naming
 
 IMAGE_SIZE = (8, 8)
 # From scikit-learn's own example for these digits; 99 % on held-out ones.
@@ -42,24 +43,18 @@ def read_samples(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     if not index.is_file():
         raise UserError(f"{index} not found; accepted: a folder written by tools/sample.py")
     images, classes = [], []
-    try:
-        lines = index.read_text().splitlines()
-    except ValueError as error:
-        raise UserError(f"{index}: not a text file: {error}") from error
+    with naming(), reading(index, "not a text file"):
+        lines = index.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
-        try:
+        with naming(), reading(f"{index}:{number}", "not a JSON object with file and class 0 to 9"):
             entry = json.loads(line)
             if entry["class"] not in range(10):
                 raise ValueError(f"class {entry['class']}")
             classes.append(int(entry["class"]))
             file = folder / entry["file"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{index}:{number}: not a JSON object with file and class 0 to 9 ({error!r})") from error
-        try:
+        with naming(), reading(file, "cannot be read as an image"):
             image = Image.open(file)
             image.load()
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read as an image: {error}") from error
         if image.size != IMAGE_SIZE or image.mode != "L":
             raise UserError(f"{file}: {image.size[0]}x{image.size[1]} {image.mode}; accepted: 8x8 grey (L)")
         images.append(np.asarray(image, dtype=np.float64).ravel() / 255 * 16)

@@ -11,7 +11,6 @@ the same with any number of ranks. After a kill, the same command resumes; finis
 """
 
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -22,14 +21,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from latte_flow.model.codecs import CODECS, PRESETS, LatentCodec, load_codec
-from latte_flow.model.errors import ArgumentError
-from latte_flow.tools.command_line import check_paths, check_positive, run_function
+from latte_flow.tools.command_line import check_paths, check_positive, find_device, run_function
 from latte_flow.training.configs.fields import DataConfig
 from latte_flow.training.data.datasets import load_image_dataset
 from latte_flow.training.data.images import ImageDataset
 from latte_flow.training.data.latents.dataset import FORMAT, latent_columns
 from latte_flow.training.data.latents.writer import LatentWriter
 from latte_flow.training.data.sources import SOURCES, detect_dataset, find_source
+from latte_flow.training.distributed.ranks import launched_ranks
 from latte_flow.training.errors import UserError, naming
 from latte_flow.training.monitor.progress import hide_library_bars, progress_bar
 
@@ -100,8 +99,7 @@ def encode_latents(
         raise UserError(f"num_workers: got {num_workers}; accepted: 0 or more")
     if not 0 <= max_broken_fraction < 1:
         raise UserError(f"max_broken_fraction: got {max_broken_fraction}; accepted: 0 to less than 1")
-    if not 0 <= rank < world_size:
-        raise UserError(f"RANK: got {rank} with WORLD_SIZE {world_size}; accepted: 0 to WORLD_SIZE - 1")
+    device = find_device(device)
     hide_library_bars()
     path = None if source in SOURCES else source
     dataset = dataset or (source if path is None else detect_dataset(Path(source)))
@@ -130,7 +128,6 @@ def encode_latents(
         resolution=resolution,
         precision=precision,
     )
-    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     origin = {
         "dataset": dataset,
         "path": str(Path(path).absolute()) if path is not None and Path(path).exists() else path,
@@ -225,20 +222,18 @@ def _load_encoder(
     Raises:
         UserError: when it cannot be loaded or does not accept them.
     """
-    try:
-        with naming("codec"):
-            encoder = load_codec(
-                kind,
-                path=None if path in PRESETS else path,
-                preset=path if path in PRESETS else None,
-                scaling_factor=scaling_factor,
-                image_channels=image_channels,
-                patch=patch,
-                dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-            )
+    with naming("codec."):
+        encoder = load_codec(
+            kind,
+            path=None if path in PRESETS else path,
+            preset=path if path in PRESETS else None,
+            scaling_factor=scaling_factor,
+            image_channels=image_channels,
+            patch=patch,
+            dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        )
+    with naming():
         encoder.latent_size(resolution)
-    except ArgumentError as error:  # the codec's own checks name the field and what is accepted
-        raise UserError(str(error)) from error
     if encoder.image_channels != image_channels:
         raise UserError(
             f"codec: takes {encoder.image_channels} image channels, the images have {image_channels}; accepted: the same"
@@ -324,8 +319,7 @@ def _wait_for_other_ranks(writer: LatentWriter, progress: tqdm, minutes: float) 
 def run() -> int:
     """Run the command line and return its exit code (console script)."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return run_function(encode_latents, rank=rank, world_size=world_size)
+    return run_function(encode_latents, lambda: dict(zip(("rank", "world_size"), launched_ranks(), strict=True)))
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ from latte_flow.model.sampling import image_seeds
 from latte_flow.model.solvers import SOLVERS
 from latte_flow.model.tables import look_up
 from latte_flow.model.time_grids import make_timesteps
-from latte_flow.tools.command_line import check_paths, check_positive, run_function
+from latte_flow.tools.command_line import check_paths, check_positive, find_device, run_function
 from latte_flow.training.checkpoint.opening import WEIGHTS, RemovedError, find_checkpoint, is_pipeline, load_pipeline
 from latte_flow.training.distributed.collectives import agree, gather, is_first_rank
+from latte_flow.training.distributed.ranks import launched_ranks
 from latte_flow.training.distributed.rendezvous import INIT_METHOD
 from latte_flow.training.errors import UserError
 from latte_flow.training.monitor.progress import hide_library_bars, progress_bar
@@ -98,12 +99,13 @@ def sample(
     if (folder / "samples.jsonl").exists():
         raise UserError(f"output: {folder} holds samples already; accepted: another folder")
 
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = find_device(device)
+    rank, world_size = launched_ranks()
+    if world_size > 1:
+        launched_ranks("MASTER_ADDR", "MASTER_PORT")
     if world_size > 1:
         # Ranks exchange only lines of text, at the end.
         dist.init_process_group("gloo", init_method=INIT_METHOD, timeout=timedelta(hours=4))
-    if device is None:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     hide_library_bars()
     path = Path(checkpoint)
     load = _load_together if world_size > 1 and not is_pipeline(path) else load_pipeline

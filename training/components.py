@@ -4,8 +4,6 @@ They can also be built on the meta device from configurations alone: tensors the
 """
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +21,7 @@ from transformers import (
 from latte_flow.model.backbone import checkpoint_folder, fingerprint, load_tokenizer, load_vlm, read_vlm_config
 from latte_flow.model.codecs import LatentCodec, codec_checkpoint, load_codec
 from latte_flow.model.configuration import LatteFlowConfig
-from latte_flow.model.errors import ArgumentError
+from latte_flow.model.files import loading
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.settings import read_settings
 from latte_flow.model.tensor_split import check_tensor_parallel
@@ -86,11 +84,11 @@ def build_components(config: TrainingConfig, images: Images, saved: Path) -> Com
     Raises:
         UserError: when a path is missing or the components do not fit together; the message names the field.
     """
-    with _as_user_errors():
+    with naming():
         codec = _build_codec(config, images.image_channels)
         if isinstance(images, LatentDataset):
             images.check_codec(codec)
-        with naming("vlm"):
+        with naming("vlm."):
             vlm, tokenizer = _build_vlm(config, images, saved)
         model_config = _make_model_config(config, vlm.config, codec)
         pipeline_config = _make_pipeline_config(config, images)
@@ -110,7 +108,7 @@ def build_meta_components(config: TrainingConfig) -> MetaComponents:
     Raises:
         UserError: as ``build_components``.
     """
-    with _as_user_errors():
+    with naming():
         vlm_config: PretrainedConfig
         if config.vlm.path is None:
             images = load_image_dataset(config.data)
@@ -120,10 +118,10 @@ def build_meta_components(config: TrainingConfig) -> MetaComponents:
             prompts = PromptTokens(tokenizer, images.prompts, null_prompt=null_prompt, max_tokens=limit)
         else:
             image_channels = find_source(config.data.dataset).image_channels
-            with naming("vlm"):
+            with naming("vlm."):
                 vlm_config, prompts = read_vlm_config(_configuration_source(config.vlm.path)), None
         codec = _build_codec(config, image_channels, meta=True)
-        with torch.device("meta"):
+        with naming("vlm."), loading(config.vlm.path or "vlm.tiny"), torch.device("meta"):
             vlm = AutoModelForImageTextToText.from_config(vlm_config, trust_remote_code=False)
         model_config = _make_model_config(config, vlm_config, codec)
     return MetaComponents(vlm.requires_grad_(False), codec, model_config, prompts)
@@ -175,17 +173,6 @@ def tiny_vlm_parts(config: TrainingConfig, images: Images) -> tuple[Qwen2VLConfi
     return tiny_vlm_config(tokenizer, **sizes), tokenizer
 
 
-@contextmanager
-def _as_user_errors() -> Iterator[None]:
-    """Turn errors of the model's own checks, which name the field and what is accepted, into UserErrors."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ArgumentError as error:
-        raise UserError(str(error)) from error
-
-
 def _build_vlm(config: TrainingConfig, images: Images, saved: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the VLM and its tokenizer from ``vlm.path`` or the run's model folder, or build the tiny one."""
     if config.vlm.path is not None:
@@ -205,7 +192,7 @@ def _build_vlm(config: TrainingConfig, images: Images, saved: Path) -> tuple[Pre
 def _build_codec(config: TrainingConfig, image_channels: int, *, meta: bool = False) -> LatentCodec:
     """Load the codec and reject images it does not accept, before a VLM is loaded."""
     arguments: dict[str, Any] = asdict(config.codec) | {"image_channels": image_channels}
-    with naming("codec"):
+    with naming("codec."):
         if meta:
             path = codec_checkpoint(**arguments)
             arguments["path"] = path and _configuration_source(path)
@@ -213,7 +200,7 @@ def _build_codec(config: TrainingConfig, image_channels: int, *, meta: bool = Fa
     if codec.image_channels != image_channels:
         dataset = f"data.dataset {config.data.dataset}"
         raise UserError(f"codec: takes {codec.image_channels} image channels, {dataset} has {image_channels}")
-    with naming("data"):
+    with naming("data."):
         codec.latent_size(config.data.resolution)
     return codec
 

@@ -1,6 +1,7 @@
 """The output_dir of a run: its allowed content at the start, the checkpoint to start from, the files written before step 1."""
 
 import hashlib
+import os
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,12 +29,15 @@ from latte_flow.training.configs.saved import CONFIG_FILE, differences, load_con
 from latte_flow.training.data.record import DataRecord
 from latte_flow.training.distributed.collectives import agree, is_first_rank
 from latte_flow.training.durable import PARTIAL
-from latte_flow.training.errors import UserError
+from latte_flow.training.errors import UserError, naming
 from latte_flow.training.initial_weights import InitialWeights
 from latte_flow.training.monitor.preemption import REQUEUE_FILE, STOP_FILE
 from latte_flow.training.run_lock import LOCK_FILE
 
 DATA_FILE = "data.json"
+FILES = (CONFIG_FILE, DATA_FILE, STOP_FILE, REQUEUE_FILE, LOCK_FILE)
+FOLDERS = (MODEL_FOLDER, CHECKPOINTS_FOLDER)
+"""What a run reads and writes in its output_dir, apart from logs, which never end a run."""
 MAY_BE_THERE = (STOP_FILE, REQUEUE_FILE, LOCK_FILE, CONFIG_FILE + PARTIAL)
 """Name prefixes of the files that the output_dir of a new run may already hold."""
 NETWORK_FIELDS = ("model.", "vlm.", "codec.")
@@ -53,6 +57,10 @@ def check_output_dir(config: TrainingConfig) -> None:
     """
     folder = Path(config.output_dir)
     saved = folder / CONFIG_FILE
+    for kind, names, is_right in (("file", FILES, Path.is_file), ("folder", FOLDERS, Path.is_dir)):
+        for path in (folder / name for name in names):
+            if os.path.lexists(path) and not is_right(path):
+                raise UserError(f"output_dir: {path} is no {kind}; accepted: a {kind}, or nothing of this name")
     if (folder / EXPORT_FILE).is_file():
         raise UserError(
             f"output_dir: {folder} is a converted checkpoint; accepted: another folder, with --resume or --init_from {folder}"
@@ -161,10 +169,8 @@ def _find_run(path: Path) -> Origin:
 
 def _find_export(path: Path) -> Origin | None:
     """Return an exported folder as an origin, or None if the path is not one."""
-    try:
+    with naming("resume: "):
         record = read_export_record(path)
-    except ValueError as error:
-        raise UserError(f"resume: {error}") from error
     if record is None:
         return None
     if record["format"] != UniversalSource.format or record["weights"] is not None:

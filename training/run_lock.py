@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -36,6 +37,7 @@ class RunLock:
     def __init__(self, output_dir: Path):
         self.file = output_dir / LOCK_FILE
         self._stream: TextIO | None = None
+        self._folder: int | None = None
         self._made: list[Path] = []
         problem = agree(self._take() if is_first_rank() else None)
         if problem is not None:
@@ -77,19 +79,34 @@ class RunLock:
         stream.write(json.dumps(mine) + "\n")
         stream.flush()
         self._stream = stream
+        self._folder = os.open(
+            self.file.parent, os.O_RDONLY | os.O_DIRECTORY
+        )  # open: its inode is not given to another
         return None
+
+    def folder_is_there(self) -> bool:
+        """Return whether the output_dir has not been renamed, removed or replaced. True on ranks that do not hold the lock."""
+        try:
+            return self._folder is None or os.path.samestat(os.fstat(self._folder), self.file.parent.stat())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # a file system that does not answer now
+            return True
 
     def release(self) -> None:
         """Release the lock; remove its file and the folders created only for it. Not collective."""
         if self._stream is None:
             return
-        self.file.unlink(missing_ok=True)  # while locked: a process that has it open then notices that it is gone
-        for folder in self._made:
+        assert self._folder is not None, "opened with the lock"
+        with suppress(FileNotFoundError):  # while locked: a process that has the file open then notices that it is gone
+            os.unlink(LOCK_FILE, dir_fd=self._folder)
+        for folder in self._made if self.folder_is_there() else ():
             if any(folder.iterdir()):
                 break
             folder.rmdir()
         self._stream.close()
-        self._stream = None
+        os.close(self._folder)
+        self._stream = self._folder = None
 
 
 def _is_same(stream: TextIO, path: Path) -> bool:

@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from latte_flow.model.context import tokenize_prompts
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.training.checkpoint.manifest import CHECKPOINTS_FOLDER, step_name
 from latte_flow.training.checkpoint.store import CheckpointStore
@@ -30,7 +31,7 @@ from latte_flow.training.distributed.batch_layout import make_batch_layout
 from latte_flow.training.distributed.collectives import agree, print_once
 from latte_flow.training.distributed.ranks import arrange_ranks
 from latte_flow.training.doctor import Doctor
-from latte_flow.training.errors import UserError
+from latte_flow.training.errors import UserError, naming
 from latte_flow.training.initial_weights import find_initial_weights
 from latte_flow.training.monitor.health import StepHealth
 from latte_flow.training.monitor.logs import failed_logs
@@ -92,13 +93,15 @@ class Trainer:
         config.run_id = agree(find_run_id(config) if self.rank == 0 else None)
         self.origin, initial = find_origin(config), find_initial_weights(config)
         dist.barrier()  # StopRequest removes a file that the checks above look at
-        self.stop = StopRequest(self.output_dir, self.device, launchers)
+        self.stop = StopRequest(self.output_dir, self.device, launchers, self.lock.folder_is_there)
         images = load_image_dataset(config.data)
         data_record = DataRecord(images, self.output_dir / DATA_FILE, allow_changed=config.data.allow_changed)
         data_record.verify()
         check_files(config, data_record, own=True)
         components = build_components(config, images, components_folder(config, self.origin or initial))
         check_files(config, data_record, own=False)
+        with naming():  # here: the prompts are read later, some of them during the training
+            tokenize_prompts(components.tokenizer, [config.data.null_prompt])
         self.layout = make_batch_layout(config, world_size=self.ranks.data_size, rank=self.ranks.data_rank)
         for kind in kinds.values():
             kind.check(config, components.model_config, self.layout)

@@ -1,6 +1,7 @@
 """What a run leaves behind: the layout of its output_dir, metrics.jsonl, TensorBoard, sample grids."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -156,3 +157,24 @@ def test_a_grid_shows_the_images_that_the_sampling_tool_draws(command, one_rank,
     assert grid.shape == overview.shape
     assert np.abs(grid - overview).max() <= 1
     assert len(json.loads((drawn.output_dir / "samples.jsonl").read_text().splitlines()[0])) == 3
+
+
+def test_an_output_dir_that_is_renamed_ends_the_run_in_one_line(command, tmp_path):
+    """And nothing comes back under the old name: neither a log nor half a checkpoint."""
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+    ranks = command.start(folder, ranks=2, max_steps=500, checkpoint__every=2, sample__every=0)
+    while not list_checkpoints(folder / "checkpoints"):
+        assert all(process.is_alive() for process in ranks.processes), ranks.log.read_text()
+        time.sleep(0.01)
+    folder.rename(moved)
+    finished = ranks.wait()
+    assert finished.code == 2, finished.output
+    assert "Traceback" not in finished.output
+    (line,) = (line for line in finished.output.splitlines() if line.startswith("error: "))
+    assert f"output_dir: {folder} was renamed, removed or replaced while the run was training; the steps after" in line
+    assert not folder.exists()
+    moved.rename(folder)
+    newest = list_checkpoints(folder / "checkpoints")[-1]
+    steps = read_manifest(newest)["step"] + 1
+    resumed = command.train(ranks=2, output_dir=folder, max_steps=steps, checkpoint__every=2, sample__every=0)
+    assert f"resumed from {newest}" in resumed.finished.output

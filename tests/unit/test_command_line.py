@@ -56,7 +56,7 @@ def call(monkeypatch):
     def run(*arguments: str) -> tuple[int, dict]:
         got.clear()
         monkeypatch.setattr(sys, "argv", ["draw.py", *arguments])
-        return run_function(draw, rank=3), {name: value for name, value in got.items() if name != "got"}
+        return run_function(draw, lambda: {"rank": 3}), {name: value for name, value in got.items() if name != "got"}
 
     return run
 

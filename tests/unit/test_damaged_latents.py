@@ -205,7 +205,7 @@ def test_a_damaged_manifest_is_read_or_damaged(original, mutable, data):
 def test_going_on_in_a_damaged_folder_names_the_file(folder, name, content):
     (folder / "manifest.json").unlink()
     (folder / name).write_text(content)
-    with pytest.raises(UserError, match=rf"output: {folder / name} is damaged .*; accepted: "):
+    with pytest.raises(UserError, match=rf"output: {folder / name}: damaged .*; accepted: "):
         encode(folder)
 
 

@@ -98,7 +98,7 @@ class TestErrors:
 
     def test_a_missing_picture(self, folder):
         (folder / "000001.png").unlink()
-        with pytest.raises(UserError, match=rf"{folder}/000001.png: cannot be read"):
+        with pytest.raises(UserError, match=rf"{folder}/000001.png: not found"):
             digit_accuracy(folder)
 
     @pytest.mark.parametrize("keep", [0, 20, 60])

@@ -357,11 +357,11 @@ class TestLengths:
     def test_the_output_of_a_chat_template_is_limited(self, pipeline):
         tokenizer = copy.deepcopy(pipeline.tokenizer)
         tokenizer.chat_template = "{% for i in range(99999) %}{{ messages[0]['content'] }}{% endfor %}"
-        with pytest.raises(ValueError, match=r"prompts: \d+ tokens in the tokenizer's chat format; accepted: up to"):
+        with pytest.raises(ValueError, match=r"prompts: \d+ tokens in the tokenizer's chat format; accepted: 1 to"):
             tokenize_prompts(tokenizer, ["x" * 20])
 
     def test_a_long_range_of_a_chat_template_is_refused_by_its_sandbox(self, pipeline):
         tokenizer = copy.deepcopy(pipeline.tokenizer)
         tokenizer.chat_template = "{% for i in range(10**9) %}{% endfor %}"
-        with pytest.raises(OverflowError, match="Range too big"):
+        with pytest.raises(ValueError, match=r"chat template: .*Range too big"):
             tokenize_prompts(tokenizer, ["x"])

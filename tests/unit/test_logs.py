@@ -36,7 +36,7 @@ def file_limit(size: int):
 
 class TestLogFile:
     def test_part_of_a_record_is_removed_before_the_next(self, tmp_path):
-        file = LogFile(tmp_path / "folder" / "log")
+        file = LogFile(tmp_path / "log")
         file.append(b"first\n")
         for _ in range(2):
             with file_limit(9), pytest.raises(OSError, match="File too large"):

@@ -8,9 +8,11 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from latte_flow.model.backbone import BACKBONES
 from latte_flow.model.configuration import LatteFlowConfig, load_network_config
+from latte_flow.model.files import reading
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.tensor_split import check_tensor_parallel
 from latte_flow.tools.command_line import check_paths
@@ -42,7 +44,7 @@ from latte_flow.training.checkpoint.manifest import describe_file
 from latte_flow.training.checkpoint.model_folder import TOKENIZER_FOLDER
 from latte_flow.training.checkpoint.opening import OpenedCheckpoint, open_checkpoint
 from latte_flow.training.durable import sync_folder, write_synced
-from latte_flow.training.errors import UserError
+from latte_flow.training.errors import WRITE_FAILED, UserError
 
 STOCK_FORMATS = tuple(dict.fromkeys(backbone.export_format for backbone in BACKBONES.values()))
 FORMATS = (
@@ -86,7 +88,7 @@ def convert(
         UserError: when an argument or the input is invalid; nothing is written then.
     """
     check_paths(path=path, output=output, model_folder=model_folder, vlm_path=vlm_path)
-    target = Path(output).resolve()
+    target = Path(os.path.realpath(output))  # unlike resolve, also of a link to itself
     check_not_of_a_run(Path(os.path.abspath(output)))  # by its name too: checkpoints/ may be a link
     check_output(target, Path(path).resolve(), force=force)
     if not SHARD_SIZE.fullmatch(max_shard_size):
@@ -110,7 +112,9 @@ def convert(
             put_in_place(partial, target, force=force)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not isinstance(error, OSError) and not WRITE_FAILED.search(str(error)):
+            raise
         raise UserError(f"output: {target} was not written: {error}") from error
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
@@ -148,7 +152,7 @@ def match(
         kind = config.vlm_config.model_type
         raise UserError(f"to: {to}; the VLM is a {kind}; accepted: {config.backbone.export_format}")
     check_tensor_parallel(config.text_config, tensor_parallel)
-    with torch.device("meta"):
+    with reading(opened.components / "config.json"), torch.device("meta"):
         network = LatteFlowModel(config)
     matched = MatchedSource(source, network, weights or source.default_kind, None if dtype is None else DTYPES[dtype])
     if keeps_state:

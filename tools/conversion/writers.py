@@ -88,7 +88,10 @@ def write_dcp(folder: Path, source: WeightSource) -> None:
     """Write the weights as a single-rank DCP checkpoint, under their own names."""
     state = {name: source.read(name) for name in source.tensors}
     with quiet_dcp():
-        dcp.save(state, storage_writer=_Writer(folder), no_dist=True)
+        try:
+            dcp.save(state, storage_writer=_Writer(folder), no_dist=True)
+        except dcp.api.CheckpointException as error:  # wraps the error and its traceback, per rank
+            raise next(iter(error.failures.values()))[0] from None
 
 
 def write_megatron_dist(folder: Path, source: WeightSource) -> None:

@@ -14,6 +14,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
+from latte_flow.training.checkpoint.formats.source import check_dense
 from latte_flow.training.errors import UserError
 
 ALLOWED_GLOBALS = [LossScaler, ZeroStageEnum, fragment_address]
@@ -37,6 +38,16 @@ class TolerantCheckpointEngine(TorchCheckpointEngine):
             super().save(state_dict, path)
         except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
             self.errors.append(f"{Path(path).name}: {str(error).splitlines()[0]}")
+
+    def load(self, path: str, map_location=None) -> dict:
+        """Read a file.
+
+        Raises:
+            ValueError: when a tensor in it is of a kind that no run has, such as sparse or quantised.
+        """
+        content = super().load(path, map_location)
+        check_dense(path, content)
+        return content
 
     def finish(self) -> list[str]:
         """Write pending files; return the errors since the last call."""

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
 
+from latte_flow.model.files import read_json
 from latte_flow.training.checkpoint.formats.zero_shards import MODEL_SUFFIX, OPTIMIZER_SUFFIX
-from latte_flow.training.errors import UserError
+from latte_flow.training.errors import UserError, naming
 
 CHECKPOINTS_FOLDER = "checkpoints"
 MODEL_FOLDER = "model"
@@ -73,14 +74,15 @@ def read_manifest(path: Path) -> dict:
     Raises:
         UserError: when it is missing or invalid.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+
+    def check(manifest: dict) -> dict:
         check_manifest(manifest)
         if (named := STEP_FOLDER.fullmatch(path.name)) and int(named[1]) != manifest["step"]:
             raise ValueError(f"it is of step {manifest['step']}")
         return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path / MANIFEST}: missing or damaged ({error})") from error
+
+    with naming():
+        return read_json(path / MANIFEST, check)
 
 
 def check_files(

@@ -12,6 +12,7 @@ training/checkpoint/formats. A pipeline saved for inference only is a diffusers 
 import dataclasses
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Required
 
@@ -24,10 +25,11 @@ from typing_extensions import TypedDict  # pydantic needs it below Python 3.12
 from latte_flow.model.backbone import load_image_processor, load_tokenizer, load_vlm
 from latte_flow.model.codecs import LatentCodec, codec_checkpoint, load_codec
 from latte_flow.model.configuration import LatteFlowConfig, load_network_config
+from latte_flow.model.files import read_json, reading
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.pipeline import LatteFlowPipeline
 from latte_flow.model.settings import STRICT, PromptSettings, locate_saved, read_settings
-from latte_flow.training.checkpoint.formats.matching import load_weights
+from latte_flow.training.checkpoint.formats.matching import load_weights, match_weights
 from latte_flow.training.checkpoint.formats.source import WeightSource
 from latte_flow.training.errors import naming
 
@@ -75,10 +77,7 @@ class PipelineConfig(PromptSettings):
         file = folder / PIPELINE_FILE
         if not file.is_file():
             raise FileNotFoundError(f"{file} not found; accepted: a model folder")
-        try:
-            return read_settings(cls, json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}: damaged ({error})") from error
+        return read_json(file, partial(read_settings, cls))
 
     def load_frozen_vlm(self, folder: Path, dtype: torch.dtype | None, path: str | None = None):
         """Load the frozen VLM that a Couple model was trained with.
@@ -91,7 +90,7 @@ class PipelineConfig(PromptSettings):
         Raises:
             UserError: when it is missing or is a different VLM.
         """
-        with naming("vlm"):
+        with naming("vlm."):
             if path is None:
                 path = locate_saved(self.vlm_path, folder, "vlm_path") if self.vlm_path else str(folder / VLM_FOLDER)
             vlm, _ = load_vlm(path, dtype, folder / TOKENIZER_FOLDER, expected_fingerprint=self.vlm_fingerprint)
@@ -108,7 +107,7 @@ class PipelineConfig(PromptSettings):
         Raises:
             UserError: when it is missing or of another kind.
         """
-        with naming("codec"):
+        with naming("codec."):
             settings: dict[str, Any] = dict(self.codec)
             if path is not None:
                 settings["path"] = path
@@ -166,7 +165,13 @@ def build_pipeline(
     config = PipelineConfig.load(folder)
     if not (folder / TOKENIZER_FOLDER).is_dir():  # transformers would look for it on the hub
         raise ValueError(f"{folder / TOKENIZER_FOLDER} not found; accepted: a model folder")
-    model = LatteFlowModel(load_network_config(folder))
+    network = load_network_config(folder)
+    with (
+        reading(folder / "config.json"),
+        torch.device("meta"),
+    ):  # weights of other shapes are refused before they take memory
+        match_weights(LatteFlowModel(network), weights.tensors if isinstance(weights, WeightSource) else weights)
+    model = LatteFlowModel(network)
     load_weights(model, weights, weights.default_kind if kind is None and isinstance(weights, WeightSource) else kind)
     codec = config.load_codec(folder, dtype, codec_path)
     return LatteFlowPipeline(

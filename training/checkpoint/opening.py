@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from latte_flow.model.files import reading
 from latte_flow.model.pipeline import LatteFlowPipeline
 from latte_flow.training.checkpoint.formats.recognise import open_weights
 from latte_flow.training.checkpoint.formats.source import (
@@ -123,7 +124,7 @@ def _read_newest(path: Path, weights: str, verified: bool) -> tuple[Path, dict[s
         checkpoint = path if verified else find_checkpoint(path)
         try:
             return checkpoint, read_weights(checkpoint, weights)
-        except (OSError, ValueError, RuntimeError) as error:  # the last: from torch.load, which opens a file twice
+        except ValueError as error:
             if not any(check_files(checkpoint, contents=False)):
                 raise
             if checkpoint == path:
@@ -148,7 +149,7 @@ def read_weights(path: Path, which: str) -> dict[str, Tensor]:
     """
     if which not in WEIGHTS:
         raise UserError(f"weights: {which!r} is unknown; accepted values: {', '.join(WEIGHTS)}")
-    with safe_unpickling(path):
+    with safe_unpickling(path), reading(path):
         shards = ZeroShards(path)
         if which == "model":
             return shards.read_all()

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from latte_flow.model.files import read_json
 from latte_flow.training.checkpoint.elastic import load_resharded
 from latte_flow.training.checkpoint.formats.recognise import open_weights
 from latte_flow.training.checkpoint.formats.zero_source import ZeroSource
@@ -43,7 +44,7 @@ from latte_flow.training.checkpoint.manifest import (
 from latte_flow.training.distributed.collectives import agree, gather, is_first_rank, share
 from latte_flow.training.distributed.zero import layout, master_shards
 from latte_flow.training.durable import PARTIAL, sync_folder, write_durably, write_synced
-from latte_flow.training.errors import UserError
+from latte_flow.training.errors import UserError, naming
 
 PARTIAL_STEP = re.compile(STEP_FOLDER.pattern + re.escape(PARTIAL_SUFFIX), re.ASCII)
 PARTIAL_LATEST = re.compile(re.escape(LATEST + PARTIAL) + r".+-\d+", re.ASCII)
@@ -102,11 +103,7 @@ class CheckpointStore:
             return
         problem = self._prepare(final, _bytes_to_write(engine))
         if problem is None:
-            kind = DeferringCheckpointEngine if self.asynchronous else TolerantCheckpointEngine
-            if not isinstance(engine.checkpoint_engine, kind):
-                engine.checkpoint_engine = kind(engine._config)
-                # DeepSpeed would copy its scripts next to the checkpoints: an error there would be raised on rank 0 only.
-                engine._copy_recovery_script = lambda save_path: None
+            self._use_own_files(engine)
             tag = final.name + PARTIAL_SUFFIX
             engine.save_checkpoint(str(self.folder), tag=tag, client_state=client_state, save_latest=False)
         manifest = {
@@ -124,6 +121,14 @@ class CheckpointStore:
         self._thread = threading.Thread(target=self._finish_in_thread, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
+    def _use_own_files(self, engine) -> None:
+        """Make DeepSpeed write and read its files through checkpoint/io.py."""
+        kind = DeferringCheckpointEngine if self.asynchronous else TolerantCheckpointEngine
+        if not isinstance(engine.checkpoint_engine, kind):
+            engine.checkpoint_engine = kind(engine._config)
+            # DeepSpeed would copy its scripts next to the checkpoints: an error there would be raised on rank 0 only.
+            engine._copy_recovery_script = lambda save_path: None
+
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the newest save; return whether it succeeded.
 
@@ -139,7 +144,7 @@ class CheckpointStore:
         problem = None
         if is_first_rank():
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                self.folder.mkdir(exist_ok=True)
                 self._remove_unfinished()
                 partial = final.with_name(final.name + PARTIAL_SUFFIX)
                 if os.path.lexists(partial):
@@ -253,9 +258,8 @@ class CheckpointStore:
         """Return an error for a checkpoint that does not belong here, or None. Damaged ones are handled elsewhere."""
         for path in list_checkpoints(self.folder):
             try:
-                manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-                run_id, step = manifest.get(RUN_ID), manifest["step"]
-            except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+                run_id, step = read_json(path / MANIFEST, lambda manifest: (manifest.get(RUN_ID), manifest["step"]))
+            except ValueError:
                 continue
             if type(step) is int and path.name != step_name(step):
                 return (
@@ -294,7 +298,8 @@ class CheckpointStore:
                 f"resharded for {dist.get_world_size()} with stage {engine.zero_optimization_stage()}{tensor}",
                 flush=True,
             )
-        with safe_unpickling(path):
+        self._use_own_files(engine)
+        with naming(), safe_unpickling(path):
             if not (fits and same_run):
                 return load_resharded(engine, ZeroSource(path))
             loaded, client_state = engine.load_checkpoint(

@@ -31,11 +31,11 @@ def check_path(text: str | None) -> str | None:
     and fsspec splits paths at ``::``.
     """
     try:
-        encoded = os.fsencode(text or "")
-    except UnicodeEncodeError:  # a lone surrogate
+        encoded = (text or "").encode()
+    except UnicodeEncodeError:  # libraries take no other paths
         encoded = b"\0"
     if b"\0" in encoded or len(encoded) >= 4096 or any(len(part) > 255 for part in encoded.split(b"/")):
-        raise ValueError("a path")
+        raise ValueError("a path in UTF-8")
     if text and (text.startswith("-") or PATTERN.search(os.path.abspath(text))):
         raise ValueError(
             "a path without * ? [ ] :: or line breaks, in the folders above it too, that does not start with -"

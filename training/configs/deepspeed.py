@@ -1,15 +1,15 @@
 """Reads DeepSpeed's JSON configuration, fills its "auto" fields from the training configuration, rejects contradictions."""
 
 import copy
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepspeed.runtime.config import DeepSpeedConfig
 
+from latte_flow.model.files import read_json
 from latte_flow.training.configs.bundled import find_file
 from latte_flow.training.configs.fields import TrainingConfig
-from latte_flow.training.errors import UserError
+from latte_flow.training.errors import UserError, naming
 
 if TYPE_CHECKING:  # distributed/ is a layer above configs/
     from latte_flow.training.distributed.batch_layout import BatchLayout
@@ -41,10 +41,8 @@ def load_deepspeed_config(config: TrainingConfig, layout: "BatchLayout") -> dict
             an option that this trainer does not support.
     """
     path = deepspeed_file(config)
-    try:
-        result = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:  # unreadable, not text, not JSON, or nested too deeply
-        raise UserError(f"deepspeed: {path} is not valid JSON: {error}") from error
+    with naming("deepspeed: "):
+        result = read_json(path, copy.copy, "not valid JSON")
     if not isinstance(result, dict):
         raise UserError(f"deepspeed: {path} holds a {type(result).__name__}; accepted: a JSON object")
     for name in ("bf16", "zero_optimization"):

@@ -8,11 +8,13 @@ Records of older versions have no ``prompts`` and ``files``: any are accepted, a
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 
+from latte_flow.model.files import read_json
 from latte_flow.training.data.images import ImageDataset
 from latte_flow.training.data.latents.dataset import ENCODE_AGAIN, LatentDataset
 from latte_flow.training.distributed.collectives import gather, is_first_rank
@@ -163,17 +165,20 @@ def _prompts_fingerprint(dataset: ImageDataset | LatentDataset) -> str:
 
 def _read(file: Path) -> dict:
     """Return a record; an empty one if the file is missing."""
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+
+    def check(record: dict) -> dict:
         types = {"fingerprint": str, "prompts": str, "files": dict, "before": list}
         wrong = [name for name, kind in types.items() if not isinstance(record.get(name, kind()), kind)]
         if wrong or "fingerprint" not in record:
             raise TypeError(f"{', '.join(wrong) or 'fingerprint'}: wrong type or missing")
         return record
-    except FileNotFoundError:
+
+    if not os.path.lexists(file):
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    try:
+        return read_json(file, check)
+    except ValueError as error:
         raise UserError(
-            f"{file}: damaged ({type(error).__name__}: {error}); accepted: the file as the run wrote it; without it the "
-            "current data and files are assumed to be those the run was started with"
+            f"{error}; accepted: the file as the run wrote it; without it the current data and files are assumed to be those the "
+            "run was started with"
         ) from error

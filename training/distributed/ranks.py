@@ -5,6 +5,7 @@ consecutive ranks share one network and train the same part of the batch.
 """
 
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.tensor_split import whole_shape
 from latte_flow.training.errors import UserError
+
+NUMBER = re.compile(r"\d{1,9}", re.ASCII)
 
 # tensor_parallel.py is imported where it is used: megatron-core takes seconds to import, and most runs do not need it.
 
@@ -69,9 +72,39 @@ class Ranks:
         return whole_shape(name, own, self.tensor_size).numel()
 
 
+def launched_ranks(*more: str) -> tuple[int, int]:
+    """Return this process's rank and the number of ranks that a launcher has set in the environment; (0, 1) without one.
+
+    Args:
+        more: other variables that are needed.
+
+    Raises:
+        UserError: when they are set in part or have no sensible value, as if left in the shell.
+    """
+    rank, world_size = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE"))
+    if rank is world_size is None:
+        return 0, 1
+    needed = ("RANK", "WORLD_SIZE", *more)
+    given = {name: value for name in (*needed, "LOCAL_RANK") if (value := os.environ.get(name))}
+    missing = [name for name in needed if name not in given]
+    wrong = [name for name, value in given.items() if name != "MASTER_ADDR" and not NUMBER.fullmatch(value)]
+    if missing or wrong or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        reason = f"{', '.join(missing)} not set" if missing else f"{', '.join(wrong) or 'RANK'} out of range"
+        shown = " ".join(f"{name}={value}" for name, value in given.items())
+        raise UserError(
+            f"environment: {shown}, but {reason}; accepted: all as a launcher sets them, or none (unset RANK WORLD_SIZE)"
+        )
+    return int(given["RANK"]), int(given["WORLD_SIZE"])
+
+
 def start_alone_without_launcher() -> None:
-    """Set the environment variables of a one-rank launch, unless a launcher has set them."""
-    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+    """Set the environment variables of a one-rank launch, unless a launcher has set them.
+
+    Raises:
+        UserError: see ``launched_ranks``.
+    """
+    launched_ranks("MASTER_ADDR", "MASTER_PORT")
+    if "RANK" in os.environ:
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

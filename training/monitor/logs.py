@@ -52,7 +52,7 @@ class LogFile:
     """A file to which whole records are appended. Part of a record, left by a failed write, is removed before the next one.
 
     Args:
-        path: its folder is created when it is missing.
+        path: in a folder that exists. It is not created: an output_dir that was renamed would come back with this file alone.
     """
 
     def __init__(self, path: Path):
@@ -65,7 +65,6 @@ class LogFile:
         Raises:
             OSError: when it cannot be written completely.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as stream:
             size = stream.seek(0, os.SEEK_END)
             if self._whole is not None and self._whole < size:
@@ -101,18 +100,19 @@ class EventFile:
             event.wall_time = now
             RecordWriter(records).write(event.SerializeToString())
         with skip_failures("TensorBoard"):
+            self._file.path.parent.mkdir(exist_ok=True)
             self._file.append(records.getvalue())
             self._head = []
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it; on failure the temporary file is removed.
+    """Write a file under a temporary name and rename it; on failure the temporary file is removed. Its folder is created.
 
     Raises:
         OSError: when it cannot be written.
     """
     partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     try:
         partial.write_bytes(content)
         os.replace(partial, path)

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,12 +20,15 @@ import torch
 import torch.distributed as dist
 
 from latte_flow.training.data.workers import STOP_SIGNALS
+from latte_flow.training.errors import UserError
 from latte_flow.training.monitor.launcher import watch_launcher
 
 STOP_FILE = "stop"
 REQUEUE_FILE = "requeue"
 REQUESTS_SINCE = "LATTE_FLOW_REQUESTS_SINCE"
 """Environment variable set by a batch script: stop files older than this time (Unix seconds) were meant for an earlier start."""
+FOLDER_LOST = 2
+"""Value of the flag that is reduced over the ranks; 1 is a request to stop."""
 EXIT_STOPPED = os.EX_TEMPFAIL
 REPEAT_SECONDS = 2.0
 """A signal repeated within this time is the same request: srun, a launcher and the kernel may each deliver it."""
@@ -40,12 +44,20 @@ class StopRequest:
         output_dir: output_dir of the run; rank 0 checks for the stop file there and removes the marker of an earlier stop.
         device: device of the flag that is reduced over the ranks.
         launchers: the processes that started this rank (launcher.py).
+        folder_is_there: returns whether rank 0 still finds the output_dir of this start (run_lock.py).
 
     Raises:
         ValueError: outside the main thread, where Python cannot install signal handlers.
     """
 
-    def __init__(self, output_dir: Path, device: torch.device, launchers: list[tuple[int, int]]):
+    def __init__(
+        self,
+        output_dir: Path,
+        device: torch.device,
+        launchers: list[tuple[int, int]],
+        folder_is_there: Callable[[], bool],
+    ):
+        self._folder_is_there = folder_is_there
         self.stop_file = output_dir / STOP_FILE
         self.requeue_file = output_dir / REQUEUE_FILE
         self._is_first_rank = dist.get_rank() == 0
@@ -69,18 +81,23 @@ class StopRequest:
         watch_launcher(self._launcher_lost, launchers)
 
     def poll(self, *, wait: bool = False) -> bool:
-        """Return whether any rank was asked to stop, the same on all ranks. Call it after every optimizer step.
+        """Return whether any rank was asked to stop, the same on all ranks. Call it after every optimizer step, before a save.
 
         On a GPU the result is the one reduced at the previous call: reading the newest one would make the host wait for all work
         queued on the device.
 
         Args:
             wait: wait for the newest result, after long work such as drawing samples.
+
+        Raises:
+            UserError: on all ranks, when the output_dir was renamed, removed or replaced.
         """
-        asked = self._signalled_at is not None or (self._is_first_rank and self.stop_file.exists())
+        asked = int(self._signalled_at is not None or (self._is_first_rank and self.stop_file.is_file()))
+        if not self._folder_is_there():
+            asked = FOLDER_LOST
         if self._copied is not None:
             self._read()
-        self._flag.fill_(int(asked))
+        self._flag.fill_(asked)
         dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
         self._answer.copy_(self._flag, non_blocking=True)
         if self._copied is not None:
@@ -109,7 +126,13 @@ class StopRequest:
     def _read(self) -> None:
         if self._copied is not None:
             self._copied.synchronize()
-        self._stopped = self._stopped or bool(self._answer.item())
+        answer = self._answer.item()
+        if answer == FOLDER_LOST:
+            raise UserError(
+                f"output_dir: {self.stop_file.parent} was renamed, removed or replaced while the run was training; the steps "
+                "after its newest checkpoint are lost; accepted: the folder under this name again; the same command then resumes"
+            )
+        self._stopped = self._stopped or bool(answer)
         if self._stopped and self._is_first_rank:
             self.stop_file.unlink(missing_ok=True)  # so that it cannot stop the next start, however this one ends
 

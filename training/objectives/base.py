@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from latte_flow.model.configuration import LatteFlowConfig
-from latte_flow.model.errors import ArgumentError
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.tables import enter, look_up
 from latte_flow.training.components import Components, Images, MetaComponents
@@ -22,7 +21,7 @@ from latte_flow.training.configs.fields import Assumptions, TrainingConfig
 from latte_flow.training.data.loader import Batch, JointSamples, Samples
 from latte_flow.training.distributed.batch_layout import BatchLayout
 from latte_flow.training.distributed.ranks import Ranks
-from latte_flow.training.errors import UserError
+from latte_flow.training.errors import naming
 from latte_flow.training.monitor.metrics import LossMeter, MetricsWriter
 
 Kind = TypeVar("Kind", bound=type["Objective"])
@@ -157,10 +156,8 @@ def find_objectives(config: TrainingConfig) -> dict[str, type[Objective]]:
     Raises:
         UserError: when one is unknown.
     """
-    try:
+    with naming():
         return {name: look_up(OBJECTIVES, name, "objectives") for name in sorted(config.objectives)}
-    except ArgumentError as error:
-        raise UserError(str(error)) from error
 
 
 def freeze_unreached(model: LatteFlowModel, kinds: Iterable[type[Objective]]) -> None:

@@ -169,7 +169,7 @@ class FlowMatching(Objective):
                 f"micro_batch_size: {micro} (global_batch_size {layout.global_batch_size} on {layout.world_size} ranks) is not a "
                 f"multiple of the {num_groups} groups that share each micro-batch equally (model.num_groups)"
             )
-        with naming("sample"):
+        with naming("sample."):
             check_sampler(config.sample, model_config)
 
     @classmethod

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from latte_flow.model.files import read_index
-from latte_flow.training.checkpoint.formats.source import MODEL, TensorInfo, WeightSource, reading
+from latte_flow.model.files import read_index, reading
+from latte_flow.training.checkpoint.formats.source import MODEL, TensorInfo, WeightSource
 
 WEIGHTS_FILE = "model.safetensors"
 NUMBER = re.compile(r"-?[0-9]{1,4000}")
@@ -47,7 +47,7 @@ class SafetensorsSource(WeightSource):
         self._tensors: dict[str, TensorInfo] = {}
         steps: dict[str | None, Path] = {}
         for file in files:
-            with reading(file), _open(file) as opened:
+            with reading(file), safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata() or {}
                 steps.setdefault(metadata.get("step"), file)
                 self.kinds = (metadata.get("weights", MODEL),)
@@ -76,12 +76,5 @@ class SafetensorsSource(WeightSource):
 
     def _read(self, name: str, kind: str) -> Tensor:
         file = self._file_of[name]
-        with reading(file), _open(file) as opened:
+        with reading(file), safe_open(file, framework="pt") as opened:
             return opened.get_tensor(name)
-
-
-def _open(file: Path):
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file}: damaged ({error})") from error

@@ -4,16 +4,16 @@ An exported folder also holds export.json: the format, the kind of weights, the 
 Files written by other programs have none and are read without it.
 """
 
-import json
-import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from latte_flow.model.files import read_json, reading
 
 MODEL, EMA = "model", "ema"
 """Kinds of tensors: the trained weights and their moving average. Optimizer states have their AdamW names."""
@@ -108,11 +108,8 @@ def read_export_record(folder: Path) -> dict | None:
     Raises:
         ValueError: when it is damaged.
     """
-    path = folder / EXPORT_FILE
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+
+    def check(record: dict) -> dict:
         for name, entry in record["files"].items():
             if type(entry["bytes"]) is not int or type(entry["sha256"]) is not str:
                 raise ValueError(f"files: {name}")
@@ -121,9 +118,10 @@ def read_export_record(folder: Path) -> dict | None:
         for key, kind in {"format": str, "weights": str | None, "step": int | None}.items():
             if not isinstance(record[key], kind):
                 raise ValueError(f"{key}: {record[key]!r}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from error
-    return record
+        return record
+
+    path = folder / EXPORT_FILE
+    return read_json(path, check) if path.is_file() else None
 
 
 def require_export_record(folder: Path) -> dict:
@@ -177,24 +175,6 @@ def check_counters(path: Path, model_states: Mapping, updates: int) -> None:
         )
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn any library error about a damaged or malicious file into a ValueError that names the file."""
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        line = next((li.strip() for li in str(error).splitlines() if "Unsupported" in li or "GLOBAL" in li), error)
-        raise ValueError(f"{path}: holds an object that is not a weight and was not executed ({line})") from error
-    except (
-        OSError, RuntimeError, EOFError, KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError,
-    ) as error:  # fmt: skip
-        if isinstance(error, FileNotFoundError):
-            raise ValueError(f"{error.filename or path}: not found") from error
-        if str(error).startswith(str(path)):
-            raise
-        raise ValueError(f"{path}: damaged or in another format ({type(error).__name__}: {error})") from error
-
-
 def load_torch_file(path: Path):
     """Read a file written by torch.save, memory-mapped, without executing code from it.
 
@@ -203,8 +183,34 @@ def load_torch_file(path: Path):
     """
     with reading(path):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
             if "mmap" not in str(error):  # files written before torch 1.6 cannot be memory-mapped
                 raise
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        check_dense(path, content)
+        return content
+
+
+def check_dense(path: str | Path, content: Any, name: str = "") -> None:
+    """Raise ValueError for a tensor whose elements are not plain real numbers in the file.
+
+    Args:
+        path: the file.
+        content: what is in it: tensors, in containers of any depth.
+        name: the keys that lead to the content.
+    """
+    if isinstance(content, Tensor):
+        kinds = {"quantised": content.is_quantized, "nested": content.is_nested, "meta": content.is_meta}
+        float8 = content.is_floating_point() and content.dtype.itemsize == 1
+        kinds |= {
+            str(content.layout): content.layout != torch.strided,
+            str(content.dtype): content.is_complex() or float8,
+        }
+        if kind := next((kind for kind, is_kind in kinds.items() if is_kind), None):
+            raise ValueError(
+                f"{path}: {name} is a {kind} tensor; accepted: dense tensors of real numbers of 16 bits or more, or integers"
+            )
+    elif isinstance(content, dict | list | tuple):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            check_dense(path, value, f"{name}.{key}" if name else str(key))

@@ -3,7 +3,6 @@
 DCP's .metadata is a pickle. It is read with an unpickler that allows only DCP's own classes.
 """
 
-import json
 import logging
 import pickle
 import warnings
@@ -17,7 +16,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from latte_flow.training.checkpoint.formats.source import TensorInfo, WeightSource, load_torch_file, reading
+from latte_flow.model.files import read_json, reading
+from latte_flow.training.checkpoint.formats.source import TensorInfo, WeightSource, load_torch_file
 
 METADATA_FILE = ".metadata"
 MEGATRON_FILE = "metadata.json"
@@ -109,10 +109,9 @@ class DistributedCheckpointSource(WeightSource):
             self._read_common()
 
     def _read_common(self) -> None:
-        with reading(self.path / MEGATRON_FILE):
-            backend = json.loads((self.path / MEGATRON_FILE).read_text(encoding="utf-8"))["sharded_backend"]
-            if backend != MEGATRON_CONFIG["sharded_backend"]:
-                raise ValueError(f"{self.path / MEGATRON_FILE}: sharded_backend {backend!r}; accepted: torch_dist")
+        backend = read_json(self.path / MEGATRON_FILE, lambda content: content["sharded_backend"])
+        if backend != MEGATRON_CONFIG["sharded_backend"]:
+            raise ValueError(f"{self.path / MEGATRON_FILE}: sharded_backend {backend!r}; accepted: torch_dist")
         common = load_torch_file(self.path / COMMON_FILE)
         iteration = common.get("iteration") if isinstance(common, dict) else None
         self.step = iteration if isinstance(iteration, int) else None

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from latte_flow.model.files import reading
 from latte_flow.model.tensor_split import join_parts
 from latte_flow.training.checkpoint.formats.source import (
     TensorInfo,
@@ -21,7 +22,6 @@ from latte_flow.training.checkpoint.formats.source import (
     check_counters,
     kinds_of_training,
     load_torch_file,
-    reading,
     trained_step,
 )
 

@@ -18,7 +18,7 @@ from deepspeed.utils import zero_to_fp32
 from torch import Tensor
 
 from latte_flow.model.tensor_split import join_parts, whole_shape
-from latte_flow.training.checkpoint.formats.source import TensorInfo, check_counters
+from latte_flow.training.checkpoint.formats.source import TensorInfo, check_counters, check_dense
 
 OPTIMIZER_SUFFIX = "_optim_states.pt"
 MODEL_SUFFIX = "_model_states.pt"
@@ -238,7 +238,9 @@ def _by_tensor_rank(files: list[str]) -> dict[int, list[str]]:
 
 
 def _load(file: str) -> dict:
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    check_dense(file, content)
+    return content
 
 
 def _flat_states(states: dict[int, dict[str, Tensor]], key: str) -> list[Tensor]:

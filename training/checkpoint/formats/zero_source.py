@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from latte_flow.model.files import reading
 from latte_flow.training.checkpoint.formats.source import (
     EMA,
     MODEL,
@@ -13,7 +14,6 @@ from latte_flow.training.checkpoint.formats.source import (
     TrainingState,
     WeightSource,
     kinds_of_training,
-    reading,
     trained_step,
 )
 from latte_flow.training.checkpoint.formats.zero_shards import OPTIMIZER_SUFFIX, ZeroShards

@@ -17,7 +17,6 @@ Shapes: C latent channels, (H, W) latent size.
 """
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ import pyarrow as pa
 from torch.utils.data import Dataset
 
 from latte_flow.model.codecs import LatentCodec
+from latte_flow.model.files import read_json
 from latte_flow.training.configs.fields import DataConfig
 from latte_flow.training.data.class_names import resolve_class_names
 from latte_flow.training.data.latents.shard import open_shard
@@ -194,23 +194,27 @@ def read_manifest(folder: Path) -> dict:
             "is missing: encoding is incomplete; the same command resumes where it stopped" if started else "is missing"
         )
         raise UserError(f"data.path: {path} {state}; accepted with data.dataset latents: a folder of {COMMAND}")
-    try:
-        content = path.read_bytes()
-        manifest = json.loads(content)
-        state = json.loads((folder / STATE_FILE).read_bytes())
+
+    def check(manifest: dict) -> dict:
         if manifest.get("format") != FORMAT:
             raise UserError(f"data.path: {path} has format {manifest.get('format')}; accepted: {FORMAT}")
-        if state["_fingerprint"] != state_fingerprint(content):
+        if expected != state_fingerprint(path.read_bytes()):
             raise ValueError(f"its SHA-256 is not the one in {STATE_FILE}")
         _check_manifest(manifest)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"data.path: {path} or its {STATE_FILE} is missing or damaged ({type(error).__name__}: {error}); accepted: "
-            f"delete both and run {COMMAND} again, which keeps all shards"
+        return manifest
+
+    try:
+        expected = read_json(folder / STATE_FILE, lambda state: state["_fingerprint"])
+        return read_json(path, check)
+    except ValueError as error:
+        raise (
+            error
+            if isinstance(error, UserError)
+            else UserError(
+                f"data.path: {error}; accepted: delete {MANIFEST_FILE} and {STATE_FILE} and run {COMMAND} again, which keeps all "
+                "shards"
+            )
         ) from error
-    return manifest
 
 
 def state_fingerprint(manifest: bytes) -> str:

@@ -10,12 +10,14 @@ import hashlib
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from latte_flow.model.files import read_json
 from latte_flow.training.data.latents.dataset import (
     COMMAND,
     MANIFEST_FILE,
@@ -190,13 +192,15 @@ class LatentWriter:
 
 
 def _read_json(file: Path, accepted: str, keys: frozenset[str] = frozenset()) -> dict:
-    try:
-        value = json.loads(file.read_bytes())
+    def check(value: Any) -> dict:
         if not isinstance(value, dict) or keys - value.keys():
             raise ValueError(f"not an object with {', '.join(sorted(keys)) or 'fields'}")
         return value
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"output: {file} is damaged ({error}); accepted: {accepted}") from error
+
+    try:
+        return read_json(file, check)
+    except ValueError as error:
+        raise UserError(f"output: {error}; accepted: {accepted}") from error
 
 
 def _json(value: dict) -> bytes:

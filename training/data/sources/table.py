@@ -63,7 +63,7 @@ def find_source(name: str) -> Source:
     Raises:
         UserError: when there is none.
     """
-    with naming("data"):
+    with naming("data."):
         return look_up(SOURCES, name, "dataset")
 
 
