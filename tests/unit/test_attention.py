@@ -201,6 +201,7 @@ class TestPadding:
         assert k.grad[3:].isnan().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", CONTEXTS.values(), ids=CONTEXTS)
 @pytest.mark.parametrize(("backend", "source", "space"), RESIDUALS)
 def test_gate_passes_gradcheck(backend, source, space, mask):

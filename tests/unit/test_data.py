@@ -1,6 +1,7 @@
 """Training data: what a global sample index draws, how batches are dealt, and what is read from files."""
 
 import dataclasses
+import multiprocessing
 from pathlib import Path
 
 import datasets
@@ -126,6 +127,9 @@ class TestIndependenceOfTheLayout:
         )
         with pytest.raises(IndexError):
             next(iter(loader))
+        # torch would wait 5 seconds for the failed worker, and as long again after a signal that it ignores.
+        for worker in multiprocessing.active_children():
+            worker.kill()
 
     def test_layout_of_one_step_by_hand(self):
         """B = 16 on 2 ranks in micro-batches of 4: rank 0 has 0-3 and 8-11, rank 1 has 4-7 and 12-15, of step 2 from 32 on."""

@@ -40,6 +40,7 @@ def paper_run():
     return dry_run(parse_config(PAPER), Assumptions(gpus=8, prompt_tokens=16))
 
 
+@pytest.mark.slow
 def test_operations_at_paper_size_are_those_of_the_paper_notes(paper_run):
     """paper.md section 9: 42.4 G a forward of 7 layers, 127 G with backward, 521 G for DC-AE's encoder, 41.9 G a context pass."""
     assert paper_run.flops["forward"] == pytest.approx(42.4e9, rel=0.02)
@@ -54,6 +55,7 @@ def test_the_table_ends_with_the_warnings_of_the_doctor():
     assert table.splitlines()[-1].startswith("warning: optimizer.grad_clip: 0 disables clipping")
 
 
+@pytest.mark.slow
 def test_memory_at_paper_size_follows_the_sharding_arithmetic(paper_run):
     """ZeRO-2 on 8 ranks: bf16 weights whole; float32 gradients and 16 bytes a parameter of optimizer state an eighth each."""
     trained = paper_run.parameters["trained"]
@@ -121,6 +123,7 @@ def test_activations_agree_with_the_memory_a_real_forward_takes(tmp_path):
     assert 0.95 * predicted < measured < 1.4 * predicted
 
 
+@pytest.mark.slow
 def test_the_table_names_every_part_and_the_batch_arithmetic(paper_run):
     config = parse_config(PAPER)
     table = format_table(config, paper_run, Assumptions(gpus=8))

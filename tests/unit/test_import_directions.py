@@ -112,31 +112,21 @@ def test_a_wrong_arrow_is_found(tmp_path, monkeypatch, content):
     assert [line.split(" imports ")[1] for line in found] == ["latte_flow.tools.sample"]
 
 
-def run_python(program: str) -> str:
-    settings = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=settings, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.slow
-def test_importing_model_leaves_deepspeed_out():
+def test_what_is_imported_and_what_is_not():
+    """The package itself imports nothing heavy, model/ neither DeepSpeed nor training/; the public names are there."""
     modules = [f"latte_flow.model.{path.stem}" for path in product_files("model") if path.stem != "__init__"]
-    program = f"import sys\nimport {', '.join(modules)}\n"
-    program += f"print([n for n in sys.modules if n.split('.')[0] in {FOREIGN_TO_MODEL} or 'latte_flow.training' in n])"
-    assert run_python(program).strip() == "[]"
-
-
-@pytest.mark.slow
-def test_the_package_itself_imports_nothing_heavy_and_offers_its_public_names():
     program = (
         "import sys, latte_flow\n"
         "print([name for name in ('torch', 'transformers', 'diffusers') if name in sys.modules])\n"
+        f"import {', '.join(modules)}\n"
+        f"print([n for n in sys.modules if n.split('.')[0] in {FOREIGN_TO_MODEL} or 'latte_flow.training' in n])\n"
         "from latte_flow import LatteFlowModel, LatteFlowPipeline, load_pipeline\n"
         "print(LatteFlowModel.__module__, LatteFlowPipeline.__module__, load_pipeline.__module__)\n"
         "print({'load_pipeline', '__version__'} <= set(dir(latte_flow)), hasattr(latte_flow, 'nothing'))\n"
     )
-    expected = (
-        "[]\nlatte_flow.model.latte_flow latte_flow.model.pipeline latte_flow.training.checkpoint.opening\nTrue False\n"
-    )
-    assert run_python(program) == expected
+    settings = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    public = "latte_flow.model.latte_flow latte_flow.model.pipeline latte_flow.training.checkpoint.opening"
+    assert done.stdout.splitlines() == ["[]", "[]", public, "True False"]
