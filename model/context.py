@@ -119,8 +119,13 @@ class Context:
         return sum(s.numel() * s.element_size() for s in flat)
 
 
-def tokenize_prompts(tokenizer, prompts: Sequence[str]) -> dict[str, Tensor]:
+def tokenize_prompts(tokenizer, prompts: Sequence[str], *, multiple: int | None = None) -> dict[str, Tensor]:
     """Put each prompt into the VLM's chat format and tokenize it, padded on the right to the longest.
+
+    Args:
+        tokenizer: the VLM's.
+        prompts: one or more.
+        multiple: S is rounded up to a multiple of this.
 
     Returns:
         input_ids [P, S] and attention_mask [P, S], int64.
@@ -135,7 +140,7 @@ def tokenize_prompts(tokenizer, prompts: Sequence[str]) -> dict[str, Tensor]:
             "tokenizer: it has no chat template; use the tokenizer of an Instruct checkpoint, or set tokenizer.chat_template"
         )
     rows = [message_ids(tokenizer, prompt) for prompt in prompts]
-    encoded = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+    encoded = tokenizer.pad({"input_ids": rows}, padding_side="right", pad_to_multiple_of=multiple, return_tensors="pt")
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
 

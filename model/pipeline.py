@@ -27,6 +27,9 @@ from latte_flow.model.position import float32_positions
 from latte_flow.model.sampling import image_seeds, initial_noise, sample_latents
 from latte_flow.model.settings import MAX_CHARACTERS, PromptSettings, locate_saved, portable_path, read_settings
 
+LENGTH_MULTIPLE = 32
+"""Prompts are padded to a multiple of this, so that an image does not depend on the other prompts of its batch, as long as the
+longest of them lies in the same multiple. Beyond it images in bfloat16 differ by its rounding."""
 COMPONENTS: dict[str, type] = {
     "model": LatteFlowModel,
     "tokenizer": PreTrainedTokenizerBase,
@@ -193,7 +196,8 @@ class LatteFlowPipeline(DiffusionPipeline):
         """Return the context of user messages, on the VLM's device."""
         self._onload_backbone()
         vlm: Any = self.backbone
-        inputs = {name: t.to(vlm.device) for name, t in tokenize_prompts(self.tokenizer, messages).items()}
+        tokens = tokenize_prompts(self.tokenizer, messages, multiple=LENGTH_MULTIPLE)
+        inputs = {name: t.to(vlm.device) for name, t in tokens.items()}
         with torch.inference_mode():
             return encode_context(vlm, inputs, self.model.config.context_projection)
 

@@ -8,6 +8,7 @@ Both put this checkout first on the path: an installed package of the same name 
 """
 
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -19,8 +20,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
@@ -56,11 +58,18 @@ def environment(threads: int = 1) -> dict[str, str]:
     }
 
 
+PORTS = itertools.cycle(range(20_000, 32_000))
+"""Below those that the kernel gives to connections, which could take one before it is used."""
+deque(itertools.islice(PORTS, os.getpid() * 97 % 12_000), maxlen=0)  # not where another process of the tests starts
+
+
 def free_port() -> int:
     """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    while True:
+        port = next(PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def listening(process: Path) -> set[tuple[str, int]]:

@@ -254,7 +254,7 @@ def test_the_context_is_the_same_however_much_of_it_is_kept(command, projection)
     fields = {"ranks": 2, "tensor_parallel": 2, "micro_batch_size": 4, "sample__num_images": 4, "global_batch_size": 8}
     fields |= {"model__context_projection": projection, "max_steps": 3, "sample__every": 2, "checkpoint__every": 3}
     kept = command.train(**fields)
-    assert f"of {0.0156 if projection == 'generation' else 0.00781} MiB each" in kept.finished.output
+    assert f"tokens, {0.0156 if projection == 'generation' else 0.00781} MiB each" in kept.finished.output
     for limits in ({"vlm__context_cache": "none"}, {"vlm__context_cache": "lru", "vlm__context_cache_gib": 1.5e-4}):
         run = command.train(**fields, **limits)
         assert column(run.output_dir, "loss") == column(kept.output_dir, "loss")

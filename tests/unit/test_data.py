@@ -1,7 +1,6 @@
 """Training data: what a global sample index draws, how batches are dealt, and what is read from files."""
 
 import dataclasses
-import multiprocessing
 from pathlib import Path
 
 import datasets
@@ -120,16 +119,17 @@ class TestIndependenceOfTheLayout:
         assert a.keys() == b.keys()
         assert not set(a.values()) & set(b.values())
 
-    def test_a_failing_image_raises_here(self):
+    def test_a_failing_image_raises_here(self, monkeypatch):
         images = dataclasses.replace(counting_images(), load=lambda i: torch.zeros(1, 2, 2) / [][i])
         loader = make_loader(
             make_samples(images=images), BatchLayout(4, 4, 1, 0), first_step=0, last_step=1, num_workers=1
         )
+        batches = iter(loader)
         with pytest.raises(IndexError):
-            next(iter(loader))
-        # torch would wait 5 seconds for the failed worker, and as long again after a signal that it ignores.
-        for worker in multiprocessing.active_children():
-            worker.kill()
+            next(batches)
+        # torch waits 5 seconds for a failed worker, and as long again after a signal that this one ignores.
+        monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+        batches._shutdown_workers()
 
     def test_layout_of_one_step_by_hand(self):
         """B = 16 on 2 ranks in micro-batches of 4: rank 0 has 0-3 and 8-11, rank 1 has 4-7 and 12-15, of step 2 from 32 on."""

@@ -122,6 +122,19 @@ def test_a_picture_without_an_image_processor_is_an_error(pipeline, tmp_path):
     assert loaded.ask(None, QUESTION) == pipeline.ask(None, QUESTION)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_image_does_not_depend_on_the_length_of_the_other_prompts(pipeline, dtype):
+    cast = copy.deepcopy(pipeline).to(dtype)
+    cast.set_progress_bar_config(disable=True)
+    longer = "a red square beside a red square"
+    assert len(cast.tokenizer(longer)["input_ids"]) > len(cast.tokenizer("a red square")["input_ids"])
+    alone, beside = (
+        cast(["a red square", other], seed=4, num_inference_steps=4, output_type="latent").images[0]
+        for other in ("a red square", longer)
+    )
+    assert torch.equal(alone, beside)
+
+
 class TestAsAPipelineOfDiffusers:
     def test_model_index_names_the_components_and_settings(self, pipeline, tmp_path):
         pipeline.save_pretrained(tmp_path)
