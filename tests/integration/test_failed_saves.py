@@ -126,9 +126,7 @@ def test_code_in_a_checkpoint_is_not_executed(command, tmp_path, monkeypatch, fi
     resumed = command.train(max_steps=3, sample__every=0, checkpoint__every=3, output_dir=run.output_dir, code=2)
     drawn = command.sample(run.output_dir, code=2)
     for finished in (resumed.finished, drawn.finished):
-        assert (
-            f"error: {run.checkpoint(2)}: holds an object that is not " in finished.output
-        )
+        assert f"error: {run.checkpoint(2)}: holds an object that is not " in finished.output
         assert "Traceback" not in finished.output
     assert not (tmp_path / "executed").exists()
     torch.load(path, weights_only=False)
