@@ -2,7 +2,7 @@
 
 Promises that are checked, each broken one a sentence in the result's ``problems``:
 
-- a start goes on from the newest checkpoint that is valid by an independent check, never from a torn or damaged one;
+- a start resumes from the newest checkpoint that is valid by an independent check, never from a torn or damaged one;
 - the processes that a kill has spared end by themselves;
 - a signal or the stop file leads to a checkpoint, exit code 75 and the marker ``requeue``; a second signal ends the run at once;
 - the same command, started again, ends with 0, and then weights, averaged weights, losses, gradient norms and sample grids equal

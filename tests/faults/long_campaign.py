@@ -4,7 +4,7 @@
 
 ``-k kill`` kills one rank, all ranks or the launcher with SIGKILL at random moments: while starting, in a step, in every part of
 a save, while drawing the grid, while resuming; after some kills a file of the newest checkpoint is damaged, too. ``-k signal``
-sends each signal, and writes the stop file, in each moment of a run. After each the same command goes on, and the run must end
+sends each signal, and writes the stop file, in each moment of a run. After each the same command continues, and the run must end
 with the weights, losses and sample grids of one that nothing disturbed. What is drawn depends on the seed and the run's number
 alone: ``long_campaign.py::test_kill[17]`` repeats one run.
 """

@@ -32,7 +32,7 @@ def kills(campaign):
 
 @pytest.mark.parametrize("run", range(RUNS))
 def test_a_run_that_is_killed_four_times_loses_nothing(campaign, run):
-    """Each start goes on from the newest valid checkpoint, and the ends are equal."""
+    """Each start resumes from the newest valid checkpoint, and the ends are equal."""
     result = campaign.run(kills(campaign)[run])
     assert result.problems == []
     assert sum(start.fault is not None for start in result.starts) >= 4

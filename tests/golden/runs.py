@@ -61,7 +61,7 @@ RUNS = {
 
 
 def record(command: CommandLines, name: str, folder: Path) -> dict:
-    """Train one of RUNS and return its record, which JSON keeps to the bit.
+    """Train one of RUNS and return its record, which JSON keeps exactly.
 
     Args:
         command: runs the command lines.

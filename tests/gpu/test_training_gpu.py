@@ -67,7 +67,7 @@ def test_another_zero_stage_and_asynchronous_saves_go_on(tmp_path):
 @two_gpus
 @pytest.mark.parametrize("variant", ["couple", "blend"])
 def test_tensor_parallel_ranks_train_what_one_trains(tmp_path, variant):
-    """Under NCCL; then one rank goes on from what two have written."""
+    """Under NCCL; then one rank resumes from what two have written."""
     fields = ["--precision", "bf16", "--model.variant", variant]
     train(tmp_path / "whole", *fields)
     train(tmp_path / "parts", *fields, "--tensor_parallel", "2", "--max_steps", "6", ranks=2)

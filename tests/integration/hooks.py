@@ -198,7 +198,7 @@ def poison() -> None:
 
 
 def hang_in_step() -> None:
-    """Let one rank wait for data for ever: HANG holds its rank and the step, "1 3"."""
+    """Let one rank wait for data forever: HANG holds its rank and the step, "1 3"."""
     rank, step = map(int, os.environ["HANG"].split())
     train_step = Trainer.train_step
 
@@ -213,7 +213,7 @@ def hang_in_step() -> None:
 
 
 def write_after_later_steps() -> None:
-    """Hold back the write of step 4's files until two more steps are trained: for ever, if training waits for the write."""
+    """Hold back the write of step 4's files until two more steps are trained: forever, if training waits for the write."""
     write, train_step, trained = torch.save, Trainer.train_step, threading.Event()
 
     def waiting(obj, f, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""checkpoint.asynchronous: training goes on while a checkpoint is written, and all promises of checkpoints hold."""
+"""checkpoint.asynchronous: training continues while a checkpoint is written, and all promises of checkpoints hold."""
 
 import pytest
 

@@ -187,7 +187,7 @@ def question_with_a_picture(config) -> dict[str, torch.Tensor]:
 
 
 def test_transformers_alone_answers_with_the_understanding_path(runs, tmp_path):
-    """Stock Qwen2-VL folders: logits of a question with a picture, equal to the bit, in a process without our code."""
+    """Stock Qwen2-VL folders: logits of a question with a picture, bit-identical, in a process without our code."""
     pipelines = {}
     for name in ("couple_zero1_1", "blend_zero2_2", "blend_tensor_2"):
         folder = convert(runs[name].output_dir, tmp_path / name, to="qwen2-vl", verify=True)

@@ -74,7 +74,7 @@ def test_weights_of_any_format_start_a_new_run(command, tmp_path, variant, to, p
     assert (ours.generate([1, 2], num_steps=4) == theirs.generate([1, 2], num_steps=4)).all()
     scratch = command.train(model__variant=variant, sample__every=0, max_steps=1)
     assert column(run.output_dir, "loss")[0] < column(scratch.output_dir, "loss")[0]
-    # Once there are checkpoints, the run's own are what it goes on from; the weights may be gone.
+    # Once there are checkpoints, the run's own are what it resumes from; the weights may be gone.
     folder.rename(tmp_path / "gone")
     again = command.train(**fields | {"max_steps": 2}, optimizer__lr=1e-30, output_dir=run.output_dir)
     assert f"resumed from {run.checkpoint(1)}" in again.finished.output

@@ -1,4 +1,4 @@
-"""A run goes on with other ranks and another ZeRO stage: the same state, the same samples, losses equal to rounding."""
+"""A run resumes with other ranks and another ZeRO stage: the same state, the same samples, losses equal to rounding."""
 
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -11,7 +11,7 @@ from tests.integration.test_training import assert_losses_and_norms_agree, asser
 
 
 def assert_state_is(run, source) -> None:
-    """What a resumed run holds (asked of DeepSpeed) is what a checkpoint holds (read by us), to the bit."""
+    """What a resumed run holds (asked of DeepSpeed) is what a checkpoint holds (read by us), bit for bit."""
     state = torch.load(run.hook_dir / "state.pt", weights_only=False)
     expected = source.training_state
     assert state["held"].keys() == expected.shapes.keys()

@@ -32,7 +32,7 @@ def assert_same_weights(run, one: int, other: int) -> None:
 
 @pytest.fixture(scope="module")
 def poisoned(command):
-    """Samples 70, 71 (step 3) and 230 (step 8) are not finite. The run dies after step 6 and goes on with one rank, not two."""
+    """Samples 70, 71 (step 3) and 230 (step 8) are not finite. The run dies after step 6 and resumes with one rank, not two."""
     fields = {"checkpoint__every": 1, "checkpoint__keep_last": 0, "sample__every": 0}
     poison = {"POISON": "70 71 230 230"}
     died = command.train(
@@ -83,10 +83,10 @@ def test_many_in_a_row_end_the_run_with_a_checkpoint_from_before(command, one_ra
     again = command.train(output_dir=run.output_dir, code=2, **poison, **fields)
     assert f"resumed from {run.checkpoint(3)}" in again.finished.output
     assert message in again.finished.output
-    mended = command.train(output_dir=run.output_dir, **fields)
-    assert_same_metrics(mended, one_rank)
-    assert_weights_equal(mended, one_rank, STEPS)
-    assert column(mended.output_dir, "skipped_steps") == [0] * STEPS
+    fixed = command.train(output_dir=run.output_dir, **fields)
+    assert_same_metrics(fixed, one_rank)
+    assert_weights_equal(fixed, one_rank, STEPS)
+    assert column(fixed.output_dir, "skipped_steps") == [0] * STEPS
 
 
 def test_a_rank_that_hangs_ends_the_run_and_is_named(command):

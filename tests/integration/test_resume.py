@@ -128,7 +128,7 @@ def test_a_new_run_starts_from_another_runs_checkpoint_and_then_has_its_own(comm
     run = command.train(max_steps=6, **fields)
     assert f"a new run from {named}" in run.finished.output
     assert column(output, "step") == [5, 6]
-    again = command.train(**fields)  # as a requeued job: it goes on from its own newest checkpoint
+    again = command.train(**fields)  # as a requeued job: it resumes from its own newest checkpoint
     assert f"resumed from {run.checkpoint(6)}" in again.finished.output
     assert column(output, "loss") == column(one_rank.output_dir, "loss")[4:]
     assert_weights_equal(again, one_rank, STEPS)

@@ -1,4 +1,4 @@
-"""The training configuration: what wins, what is refused and how it says so, what a file keeps; DeepSpeed's JSON beside it."""
+"""The training configuration: what wins, what is refused, and the messages, what a file keeps; DeepSpeed's JSON beside it."""
 
 import contextlib
 import copy

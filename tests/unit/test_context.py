@@ -100,7 +100,7 @@ class TestIsWhatTransformersComputes:
 
 
 def test_positions_of_a_picture_are_qwen2_vls():
-    """By the rule of the Qwen2-VL paper: a picture's tokens share one time and count rows and columns; the text after it goes on
+    """By the rule of the Qwen2-VL paper: a picture's tokens share one time and count rows and columns; the text after it follows
     behind the largest position."""
     context = encode_context(make_vlm(num_layers=1), image_prompts(), "generation")
     first = context.position_ids[:, 0, context.mask[0]].tolist()

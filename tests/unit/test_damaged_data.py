@@ -290,7 +290,7 @@ def test_a_damaged_copy_of_the_files_in_the_cache_is_said(emoji, tmp_path):
         load("parquet", folder)
 
 
-# --- while a run goes on ---------------------------------------------------------------------------------------------------
+# --- while a run is active ---------------------------------------------------------------------------------------------------
 
 
 def loaded_by_a_worker(dataset) -> int:

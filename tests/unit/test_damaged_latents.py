@@ -209,7 +209,7 @@ def test_going_on_in_a_damaged_folder_names_the_file(folder, name, content):
         encode(folder)
 
 
-# --- while a run goes on ---------------------------------------------------------------------------------------------------
+# --- while a run is active ---------------------------------------------------------------------------------------------------
 
 
 class Latents(torch.utils.data.Dataset):

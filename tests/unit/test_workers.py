@@ -1,4 +1,4 @@
-"""Data workers are deaf to the signals of a stop, and still end with their process."""
+"""Data workers ignore the stop signals, and still end with their process."""
 
 import subprocess
 import sys
