@@ -19,6 +19,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from latte_flow.model.attention import AttentionSpec, ContextKeyValues, Residual, joint_attention
@@ -54,7 +55,7 @@ def _modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
     return x if shift is None or scale is None else (1 + scale) * x + shift
 
 
-class GenerationLayer(nn.Module):
+class GenerationLayer(GradientCheckpointingLayer):
     """A generation layer, shaped like layer ``layer_idx`` of the VLM.
 
     Args:

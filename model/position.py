@@ -41,7 +41,8 @@ def rotary_2d(height: int, width: int, head_dim: int, theta: float = 10000.0) ->
 def float32_positions(model: nn.Module) -> Iterator[None]:
     """Keep what a model computes positions from in float32 while it is cast or moved to another device.
 
-    In bf16 the frequencies are off by 0.4 %: at position 1000 an angle is off by radians.
+    In bf16 the frequencies are off by 0.4 %: at position 1000 an angle is off by radians. A cast of a VLM by
+    itself, ``pipeline.vlm.half()``, is transformers' own and does round them: cast the pipeline.
     """
     kept = [
         (module, name, buffer)

@@ -18,6 +18,7 @@ from transformers import (
     Qwen2VLConfig,
 )
 
+from latte_flow.model.activation_checkpointing import checkpoint_activations
 from latte_flow.model.backbone import checkpoint_folder, fingerprint, load_tokenizer, load_vlm, read_vlm_config
 from latte_flow.model.codecs import LatentCodec, codec_checkpoint, load_codec
 from latte_flow.model.configuration import LatteFlowConfig
@@ -149,6 +150,7 @@ def build_model(
         initial.load(model)
     ranks.split_model(model)
     mark_universal(model, ranks.tensor_size)
+    checkpoint_activations(model, config.activation_checkpointing)
     return model
 
 

@@ -5,28 +5,35 @@ and runs one micro-batch forward and backward: torch's FlopCounterMode counts it
 count the bytes kept for the backward pass.
 """
 
-import json
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from latte_flow.model.activation_checkpointing import checkpoint_activations, recomputed_layers
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.tensor_split import partition_dim
 from latte_flow.training.components import MetaComponents, build_meta_components, compute_dtype
-from latte_flow.training.configs.deepspeed import FLOAT32, deepspeed_file, load_deepspeed_config
+from latte_flow.training.configs.deepspeed import FLOAT32, load_deepspeed_config, zero_settings
 from latte_flow.training.configs.fields import Assumptions, TrainingConfig
 from latte_flow.training.distributed.batch_layout import BatchLayout, make_batch_layout
 from latte_flow.training.distributed.ranks import data_parallel_size
 from latte_flow.training.doctor import examine, facts_of
+from latte_flow.training.errors import UserError
 from latte_flow.training.objectives.base import Counts, MetaParts, find_objectives, freeze_unreached
 
 META = torch.device("meta")
 GIB = 2**30
+OPTIMIZER = "optimizer (master weights, moments, average)"
 OPTIMIZER_BYTES = 16
 """Bytes per parameter of the float32 master weight, AdamW's two moments and the average; sharded over the ranks."""
+USABLE = 0.9
+"""Part of a GPU's memory that the counts may take. The rest is for transient buffers, CUDA and fragmentation."""
+RANKS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,9 @@ class DryRun:
     Attributes:
         parameters: numbers over all ranks.
         memory: bytes per GPU.
+        host: bytes of host memory per rank.
         flops: operations per sample over all GPUs that train it, and those of all prompts.
+        zero_stage: of DeepSpeed's configuration.
         layout: the batch over the ranks.
         notes: remarks on the batch.
         seconds: duration of the run under the assumptions.
@@ -47,11 +56,18 @@ class DryRun:
 
     parameters: dict[str, float]
     memory: dict[str, float]
+    host: dict[str, float]
     flops: dict[str, float]
+    zero_stage: int
     layout: BatchLayout
     notes: list[str]
     seconds: float
     warnings: list[str]
+
+    @property
+    def gib(self) -> float:
+        """GiB per GPU in all."""
+        return sum(self.memory.values()) / GIB
 
 
 class SavedBytes:
@@ -69,6 +85,11 @@ class SavedBytes:
     def __exit__(self, *exception: Any) -> None:
         self._hooks.__exit__(*exception)
 
+    def keep_arguments(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Forward pre-hook of a layer that is run again: checkpointing keeps its arguments, most of them unseen by autograd."""
+        for tensor in _tensors((args, kwargs)):
+            self._pack(tensor)
+
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.storages:
@@ -80,6 +101,16 @@ class SavedBytes:
     def total(self) -> int:
         """Bytes so far."""
         return sum(self.storages.values())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested containers and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple) or is_dataclass(value):
+        parts = vars(value) if is_dataclass(value) else value
+        for part in parts.values() if isinstance(parts, dict) else parts:
+            yield from _tensors(part)
 
 
 def dry_run(config: TrainingConfig, assumed: Assumptions) -> DryRun:
@@ -102,14 +133,19 @@ def dry_run(config: TrainingConfig, assumed: Assumptions) -> DryRun:
     layout = make_batch_layout(config, world_size=data_size, rank=0)
     for kind in kinds.values():
         kind.check(config, components.model_config, layout)
-    load_deepspeed_config(config, layout)
+    ds_config = load_deepspeed_config(config, layout)
+    zero = zero_settings(ds_config)
     model, vlm = _build_networks(config, components)
     freeze_unreached(model, kinds.values())
     parameters = count_parameters(model, vlm)
     facts = facts_of(model, {name: p.numel() for name, p in model.named_parameters()})
+    host = count_host_memory(config, components, model)
     _split_over_ranks(config.tensor_parallel, model, vlm)
     parts = MetaParts(config, components, model, vlm, layout, assumed)
-    memory, operations, notes = count_model_memory(config, model, layout), 0.0, []
+    memory = count_model_memory(config, model, layout, ds_config)
+    if zero.offload_optimizer is not None and zero.offload_optimizer.device != OffloadDeviceEnum.none:
+        host["offloaded optimizer"], memory[OPTIMIZER] = memory[OPTIMIZER], 0
+    operations, notes = 0.0, []
     flops: dict[str, float] = {}
     for name, kind in kinds.items():
         counts, suffix = kind.count(parts), f", {name}" if len(kinds) > 1 else ""
@@ -121,7 +157,7 @@ def dry_run(config: TrainingConfig, assumed: Assumptions) -> DryRun:
     rate = data_size * config.tensor_parallel * assumed.peak_tflops * 1e12 * assumed.utilisation
     seconds = operations * config.global_batch_size * config.max_steps / rate
     warnings = examine(config, replace(facts, seconds_per_step=seconds / config.max_steps))
-    return DryRun(parameters, memory, flops, layout, notes, seconds, warnings)
+    return DryRun(parameters, memory, host, flops, zero.stage, layout, notes, seconds, warnings)
 
 
 def _build_networks(config: TrainingConfig, components: MetaComponents) -> tuple[LatteFlowModel, nn.Module]:
@@ -180,46 +216,98 @@ def count_objective(
         Bytes on one rank; operations per sample of all tensor-parallel ranks, each of which runs what is not split; the sum of
         those that recur in every step.
     """
+    memory: dict[str, float] = {}
+    if config.activation_checkpointing:
+        memory["activations of the layer that is run again"] = _largest_layer(model, counts)
+    checkpoint_activations(model, config.activation_checkpointing)
     with FlopCounterMode(display=False) as counter, SavedBytes(model) as saved:
+        hooks = [
+            layer.register_forward_pre_hook(saved.keep_arguments, with_kwargs=True)
+            for layer in (recomputed_layers(model) if config.activation_checkpointing else [])
+        ]
         loss = counts.losses().mean()
         forward, activations = counter.get_total_flops(), saved.total
         loss.backward()
+    for hook in hooks:
+        hook.remove()
     ranks = config.tensor_parallel
     per_sample = ranks / layout.micro_batch_size
     recurring = {"forward and backward": counter.get_total_flops() * per_sample}
     recurring |= {label: value * ranks for label, value in counts.flops.items()}
     once = {label: value * ranks for label, value in counts.flops_once.items()}
-    memory = {"activations kept for the backward pass": activations} | counts.memory
+    memory = {"activations kept for the backward pass": activations} | memory | counts.memory
     return memory, {"forward": forward * per_sample} | recurring | once, sum(recurring.values())
 
 
-def count_model_memory(config: TrainingConfig, model: LatteFlowModel, layout: BatchLayout) -> dict[str, float]:
+def _largest_layer(model: LatteFlowModel, counts: Counts) -> int:
+    """Return the most bytes that any one layer keeps without activation checkpointing."""
+    checkpoint_activations(model, False)
+    before, sizes, hooks = 0, [0], []
+
+    def enter(*_: Any) -> None:
+        nonlocal before
+        before = saved.total
+
+    with SavedBytes(model) as saved:
+        for layer in recomputed_layers(model):
+            hooks += [
+                layer.register_forward_pre_hook(enter),
+                layer.register_forward_hook(lambda *_: sizes.append(saved.total - before)),
+            ]
+        counts.losses()
+    for hook in hooks:
+        hook.remove()
+    return max(sizes)
+
+
+def count_model_memory(
+    config: TrainingConfig, model: LatteFlowModel, layout: BatchLayout, ds_config: dict
+) -> dict[str, float]:
     """Return the bytes of one rank for its part of the network and the optimizer; shards are over the ranks of the layout."""
-    zero, shards = _zero_settings(config), layout.world_size
+    zero, shards = zero_settings(ds_config), layout.world_size
     width, trained = compute_dtype(config).itemsize, _trained(model)
+    gradient_width = 4 if ds_config.get("data_types", {}).get("grad_accum_dtype") == FLOAT32 else width
     return {
-        "weights": sum(p.numel() for p in model.parameters()) * width / (shards if zero["stage"] == 3 else 1),
-        "gradients": trained * zero["gradient_bytes"] / (shards if zero["stage"] >= 2 else 1),
-        "optimizer (master weights, moments, average)": 0 if zero["offload"] else trained * OPTIMIZER_BYTES / shards,
-        "communication buckets": zero["buckets"] * width,
+        "weights": sum(p.numel() for p in model.parameters()) * width / (shards if zero.stage == 3 else 1),
+        "gradients": trained * gradient_width / (shards if zero.stage >= 2 else 1),
+        OPTIMIZER: trained * OPTIMIZER_BYTES / shards,
+        "communication buckets": zero.reduce_bucket_size * (2 if zero.overlap_comm else 1) * width,
     }
 
 
-def _zero_settings(config: TrainingConfig) -> dict[str, Any]:
-    """Return the settings of DeepSpeed's configuration that affect memory; buckets: their size in elements."""
-    settings = json.loads(deepspeed_file(config).read_text())
-    zero = settings.get("zero_optimization", {})
-    accumulated = settings.get("data_types", {}).get("grad_accum_dtype")
-    return {
-        "stage": zero.get("stage", 0),
-        "buckets": zero.get("reduce_bucket_size", 5e8) * (2 if zero.get("overlap_comm", False) else 1),
-        "offload": bool(zero.get("offload_optimizer")),
-        "gradient_bytes": 4 if accumulated == FLOAT32 else compute_dtype(config).itemsize,
-    }
+def count_host_memory(config: TrainingConfig, components: MetaComponents, model: LatteFlowModel) -> dict[str, float]:
+    """Return the bytes of host memory that one rank takes while it builds the whole network, in float32, and loads the VLM.
+
+    Tensor-parallel ranks build their part beside it.
+    """
+    is_float32 = config.vlm.path is None or config.model.variant == "blend"
+    vlm_width = 4 if is_float32 else compute_dtype(config).itemsize
+    network = 4 * sum(p.numel() for p in model.parameters())
+    vlm = vlm_width * sum(p.numel() for p in components.vlm.parameters())
+    parts = network / config.tensor_parallel if config.tensor_parallel > 1 else 0
+    return {"building the network": network + vlm + parts}
+
+
+def _remedies(config: TrainingConfig, assumed: Assumptions, result: DryRun) -> Iterator[tuple[str, float]]:
+    """Yield changes that take less memory, each alone, and the GiB per GPU with it; each is counted as a run of its own."""
+    changes: list[dict[str, Any]] = [{"micro_batch_size": result.layout.micro_batch_size // 2}]
+    if not config.activation_checkpointing:
+        changes.append({"activation_checkpointing": True})
+    if result.zero_stage < 3 and config.tensor_parallel == 1:
+        changes.append({"deepspeed": "ds_configs/zero3.json"})
+    changes.append({"tensor_parallel": 2 * config.tensor_parallel})
+    for change in changes:
+        ((field, value),) = change.items()
+        try:
+            gib = dry_run(replace(config, **change), assumed).gib
+        except UserError:  # this run does not accept it, for example a micro-batch that the groups cannot share
+            continue
+        if gib < result.gib:
+            yield f"--{field} {str(value).lower()}", gib
 
 
 def format_table(config: TrainingConfig, result: DryRun, assumed: Assumptions) -> str:
-    """Return the counts as a readable table."""
+    """Return the counts as a readable table. Of a run that does not fit, also what remedies would take, each counted here."""
     layout, memory = result.layout, result.memory | {"total": sum(result.memory.values())}
 
     def rows(counts: dict[str, float], divisor: float, form: str, unit: str) -> list[str]:
@@ -229,12 +317,23 @@ def format_table(config: TrainingConfig, result: DryRun, assumed: Assumptions) -
     tensor = f", tensor_parallel {config.tensor_parallel}" if config.tensor_parallel > 1 else ""
     whom = "GPUs" if config.tensor_parallel == 1 else f"sets of {config.tensor_parallel} GPUs"
     samples = config.max_steps * config.global_batch_size
+    limit = USABLE * assumed.gpu_gib
+    verdict, remedies = "fits", {}
+    if result.gib > limit:
+        verdict, remedies = "DOES NOT FIT", dict(_remedies(config, assumed, result))
+    node = min(RANKS_PER_NODE, gpus)
     lines = [
         "parameters",
         *rows(result.parameters, 1e6, "12,.2f", "M"),
         "",
-        f"memory per GPU (ZeRO-{_zero_settings(config)['stage']}, {gpus} GPUs{tensor}, micro-batch {layout.micro_batch_size})",
+        f"memory per GPU (ZeRO-{result.zero_stage}, {gpus} GPUs{tensor}, micro-batch {layout.micro_batch_size})",
         *rows(memory, GIB, "12,.3f", "GiB"),
+        f"  {verdict} {limit:g} GiB, {USABLE:.0%} of assume.gpu_gib {assumed.gpu_gib:g}"
+        + ("; with one of these alone:" if remedies else ""),
+        *rows(remedies, 1, "12,.3f", "GiB"),
+        "",
+        f"host memory per rank, times {node} on a node with {node} of the GPUs",
+        *rows(result.host, GIB, "12,.3f", "GiB"),
         "",
         "floating-point operations per sample",
         *rows(result.flops, 1e9, "12,.2f", "GFLOP"),

@@ -107,6 +107,8 @@ def test_in_bfloat16_they_agree_to_its_rounding(command):
     assert column(run.output_dir, "loss") == pytest.approx(column(reference.output_dir, "loss"), rel=2**-7)
     ours, theirs = (read_weights(r.checkpoint(STEPS), "model") for r in (run, reference))
     assert ours.keys() == theirs.keys()
+    recomputed = command.train(ranks=2, tensor_parallel=2, activation_checkpointing=True, **fields)
+    assert_losses_and_norms_agree(recomputed, run, rel=0)
 
 
 # Data parallel x tensor parallel, resuming

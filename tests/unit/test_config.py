@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import latte_flow.training.configs.fields
 from latte_flow.model.configuration import LatteFlowConfig
 from latte_flow.training.configs.checked import from_values
-from latte_flow.training.configs.deepspeed import load_deepspeed_config
+from latte_flow.training.configs.deepspeed import load_deepspeed_config, zero_settings
 from latte_flow.training.configs.fields import (
     Assumptions,
     DataConfig,
@@ -392,7 +392,7 @@ class TestDifferences:
     MAY_CHANGE = (
         "output_dir", "run_id", "deepspeed", "resume", "max_steps", "micro_batch_size", "tensor_parallel", "checkpoint.",
         "health.", "logging.", "sample.", "data.num_workers", "data.allow_changed", "model.attention_backend",
-        "vlm.context_cache",
+        "vlm.context_cache", "activation_checkpointing",
     )  # fmt: skip
 
     @pytest.mark.parametrize("path", sorted(FIELDS), ids=".".join)
@@ -545,6 +545,30 @@ class TestDeepSpeedFile:
         }
         result = self.load(tmp_path, extra)
         assert {name: result[name] for name in extra} == extra
+
+    @pytest.mark.parametrize("stage", [2, 3])
+    def test_auto_in_the_zero_section_is_deepspeeds_default(self, tmp_path, stage):
+        names = ["reduce_bucket_size", "overlap_comm", "stage3_prefetch_bucket_size"]
+        section = {
+            "stage": stage,
+            **dict.fromkeys(names, "auto"),
+            "offload_optimizer": {"device": "cpu", "ratio": "auto"},
+        }
+        result = self.load(tmp_path, {"zero_optimization": section})
+        assert result["zero_optimization"] == {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+        settings = zero_settings(result)
+        assert (settings.reduce_bucket_size, settings.overlap_comm) == (500_000_000, stage == 3)
+
+    @pytest.mark.parametrize("field", ["prescale_gradients", "data_types.grad_accum_dtype"])
+    def test_auto_that_nothing_fills_is_refused(self, tmp_path, field):
+        *sections, name = field.split(".")
+        content = {name: "auto"}
+        for section in sections:
+            content = {section: content}
+        with pytest.raises(UserError, match=rf'{field} to "auto"; accepted: a value, or no such field'):
+            self.load(tmp_path, content | {"zero_optimization": {"stage": 2}})
+        content = {"zero_optimization": {"stage": 2}, "data_types": {"keep_in_fp32_modules": "auto"}}
+        assert self.load(tmp_path, content)["data_types"] == {"keep_in_fp32_modules": "auto"}  # DeepSpeed's own word
 
     @pytest.mark.parametrize(
         ("content", "field"),

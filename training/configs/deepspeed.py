@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from latte_flow.model.files import read_json
 from latte_flow.training.configs.bundled import find_file
@@ -20,6 +21,9 @@ FLOAT32 = "fp32"
 UNCHECKED = {"steps_per_print": int, "wall_clock_breakdown": bool, "zero_force_ds_cpu_optimizer": bool}
 """Fields of the files in ds_configs/ that DeepSpeed does not validate; a bad value fails only in the middle of the run."""
 
+AUTO_IS_A_VALUE = ("data_types.keep_in_fp32_modules", "pipeline.stages")
+"""Fields in which DeepSpeed itself knows "auto"."""
+
 
 def deepspeed_file(config: TrainingConfig) -> Path:
     """Return the DeepSpeed configuration file of a run; bundled files are found outside a checkout too.
@@ -34,7 +38,7 @@ def load_deepspeed_config(config: TrainingConfig, layout: "BatchLayout") -> dict
     """Return DeepSpeed's configuration for this run.
 
     The batch size, clipping and precision fields take the value of the training configuration if they are "auto" or missing;
-    any other value must agree with it.
+    any other value must agree with it. Other "auto" fields of ``zero_optimization`` and ``bf16`` get DeepSpeed's defaults.
 
     Raises:
         UserError: when the file is missing, is not a JSON object, contradicts the training configuration, or sets a ZeRO stage or
@@ -90,8 +94,33 @@ def load_deepspeed_config(config: TrainingConfig, layout: "BatchLayout") -> dict
             f"tensor_parallel: {config.tensor_parallel} with zero_optimization.stage 3 of {path}; accepted: stages 1 and 2, such "
             "as ds_configs/zero2.json, or tensor_parallel 1"
         )
+    result |= {name: _without_auto(result[name]) for name in ("bf16", "zero_optimization")}
+    _refuse_auto(result, path)
     _check_with_deepspeed(result, path)
     return result
+
+
+def zero_settings(ds_config: dict) -> DeepSpeedZeroConfig:
+    """Return the ZeRO settings of a configuration from ``load_deepspeed_config``, with DeepSpeed's defaults."""
+    return DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
+
+
+def _without_auto(section: dict) -> dict:
+    """Return a section without its "auto" fields. DeepSpeed does so too, but not where it reads the file directly."""
+    return {
+        name: _without_auto(value) if isinstance(value, dict) else value
+        for name, value in section.items()
+        if value != "auto"
+    }
+
+
+def _refuse_auto(section: dict, path: Path, prefix: str = "") -> None:
+    """Raise UserError for an "auto" field that nothing fills: DeepSpeed would take the word for the value."""
+    for name, value in section.items():
+        if isinstance(value, dict):
+            _refuse_auto(value, path, f"{prefix}{name}.")
+        elif value == "auto" and prefix + name not in AUTO_IS_A_VALUE:
+            raise UserError(f'deepspeed: {path} sets {prefix}{name} to "auto"; accepted: a value, or no such field')
 
 
 def _check_with_deepspeed(result: dict, path: Path) -> None:

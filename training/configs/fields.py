@@ -300,6 +300,8 @@ class TrainingConfig:
             no gradient accumulation.
         tensor_parallel: number of ranks that split the heads and hidden units of every layer and train the same samples; must
             divide the number of ranks, the heads and the hidden units. With ZeRO stages 1 and 2 only. See docs/train.md.
+        activation_checkpointing: whether to keep only the input of each layer and compute the layer again in the backward pass:
+            less memory, about a third more operations, the same losses. See docs/train.md.
         objectives: what the run trains for, name -> weight of its loss: flow_matching, or one that was registered
             (docs/extending.md). The losses are added; all of them train in every step.
         groups_per_sample: 1, each sample trains one group, assigned evenly (stratified); all, every sample trains every group at
@@ -317,6 +319,7 @@ class TrainingConfig:
     global_batch_size: PositiveInt = 2048
     micro_batch_size: int | None = None
     tensor_parallel: PositiveInt = 1
+    activation_checkpointing: bool = False
     objectives: dict[str, float] = field(default_factory=lambda: {"flow_matching": 1.0})
     groups_per_sample: Literal[1, "all"] = 1
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -344,6 +347,7 @@ class Assumptions:
 
     Args:
         gpus: number of ranks.
+        gpu_gib: memory of one GPU, GiB (A100, H100: 80; H200: 140). A run fits that is counted at 90 % of it.
         peak_tflops: peak of one GPU, TFLOP/s (dense bf16 of an H100 or H200: 989.5).
         utilisation: fraction of the peak that training reaches.
         num_prompts: number of distinct prompts, including the null prompt (ImageNet-1k: 1001).
@@ -351,6 +355,7 @@ class Assumptions:
     """
 
     gpus: PositiveInt = 8
+    gpu_gib: PositiveFloat = 80.0
     peak_tflops: PositiveFloat = 989.5
     utilisation: PositiveFloat = 0.4
     num_prompts: PositiveInt = 1001

@@ -74,6 +74,7 @@ RESUMABLE_CHANGES = (
     "max_steps",
     "micro_batch_size",
     "tensor_parallel",
+    "activation_checkpointing",
     "data.num_workers",
     "data.allow_changed",
     "checkpoint",
