@@ -181,10 +181,11 @@ def test_activations_agree_with_the_memory_a_real_forward_takes(tmp_path, checkp
     rows = torch.zeros(1024, dtype=torch.long)
     model(batch[0][:8], batch[1][:8], context=context, context_rows=rows[:8])  # libraries take their own memory once
     gc.collect()
-    process = psutil.Process()
+    process, libc = psutil.Process(), ctypes.CDLL(None)
+    libc.malloc_trim(0)  # what is freed goes back to the system
     before = process.memory_info().rss
     velocity = model(*batch, context=context, context_rows=rows)
-    ctypes.CDLL(None).malloc_trim(0)  # what is freed goes back to the system
+    libc.malloc_trim(0)
     measured = process.memory_info().rss - before
     assert velocity.requires_grad
     assert 0.95 * predicted < measured < 1.1 * predicted
