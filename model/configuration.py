@@ -129,7 +129,7 @@ class LatteFlowConfig(PretrainedConfig):
                 raise ArgumentError(f"{name}: got {getattr(self, name)}; accepted: greater than 0")
         if self.timestep_frequencies < 2 or self.timestep_frequencies % 2:
             raise ArgumentError(f"timestep_frequencies: got {self.timestep_frequencies}; accepted: even, 2 or more")
-        if any(side % self.patch_size for side in self.latent_size):
+        if any(side < 1 or side % self.patch_size for side in self.latent_size):
             raise ArgumentError(f"patch_size: {self.patch_size} does not divide latent_size {tuple(self.latent_size)}")
         if self.head_dim % 4:
             raise ArgumentError(f"vlm_config: head_dim {self.head_dim} is not a multiple of 4, which the 2D RoPE needs")
@@ -218,6 +218,8 @@ def load_network_config(folder: Path) -> LatteFlowConfig:
         kind = settings.get("model_type")
         if kind != LatteFlowConfig.model_type:
             raise ArgumentError(f"describes a {kind} model; accepted: {LatteFlowConfig.model_type}")
+        if not settings.get("vlm_config"):
+            raise ArgumentError("vlm_config: missing; accepted: a VLM's configuration")
         return LatteFlowConfig.from_dict(settings)
 
     return read_json(folder / "config.json", check)

@@ -140,8 +140,35 @@ def tokenize_prompts(tokenizer, prompts: Sequence[str], *, multiple: int | None 
             "tokenizer: it has no chat template; use the tokenizer of an Instruct checkpoint, or set tokenizer.chat_template"
         )
     rows = [message_ids(tokenizer, prompt) for prompt in prompts]
-    encoded = tokenizer.pad({"input_ids": rows}, padding_side="right", pad_to_multiple_of=multiple, return_tensors="pt")
+    padding = {"padding_side": "right", "pad_to_multiple_of": multiple, "return_tensors": "pt"}
+    with reading("the tokenizer"):
+        encoded = tokenizer.pad({"input_ids": rows}, **padding)
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+
+
+def check_chat_template(tokenizer) -> None:
+    """Refuse a tokenizer whose chat template is missing, fails, writes nothing, or gigabytes, which take hours to tokenize.
+
+    Raises:
+        ArgumentError: says which.
+    """
+    if tokenizer.chat_template is not None:
+        with reading("the tokenizer's chat template"):
+            text = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+        if len(text) > MAX_CHARACTERS:
+            raise ArgumentError(
+                f"the tokenizer's chat template: writes {len(text)} characters; accepted: {MAX_CHARACTERS}"
+            )
+    tokenize_prompts(tokenizer, [""])
+
+
+def check_text(texts: Iterable[str]) -> None:
+    """Raise ArgumentError for a prompt that is not UTF-8, such as one of a class folder whose name has another encoding."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ArgumentError(f"prompts: got {text[:80]!r}; accepted: text in UTF-8") from error
 
 
 def message_ids(tokenizer, text: str, *, with_image: bool = False) -> list[int]:
@@ -155,6 +182,7 @@ def message_ids(tokenizer, text: str, *, with_image: bool = False) -> list[int]:
     Raises:
         ArgumentError: when the message is too long in its chat format.
     """
+    check_text([text])
     content = [{"type": "image"}, {"type": "text", "text": text}] if with_image else text
     chat = [{"role": "user", "content": content}]
     # A program: it may fail, and write nothing or much more than the prompt.
@@ -176,6 +204,7 @@ def truncate_prompts(tokenizer, prompts: Sequence[str], max_tokens: int | None) 
     """
     if max_tokens is None or not prompts:
         return list(prompts)
+    check_text(prompts)
     encoded = tokenizer(list(prompts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return [
         prompt if len(ids) <= max_tokens else tokenizer.decode(ids[:max_tokens]).rstrip("\ufffd")  # half a character

@@ -37,8 +37,10 @@ def reading(path: str | Path, verdict: str = "damaged or in another format") -> 
         line = next((li.strip() for li in str(error).splitlines() if "Unsupported" in li or "GLOBAL" in li), error)
         raise ArgumentError(f"{path}: holds an object that is not a weight and was not executed ({line})") from error
     except Exception as error:
-        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+        if isinstance(error, ArgumentError) and str(error).startswith(str(path)):
             raise
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+            raise ArgumentError(str(error)) from error
         if isinstance(error, OSError) and error.errno is not None:
             reason = "not found" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
             raise ArgumentError(f"{error.filename or path}: {reason}") from error

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from latte_flow.model.errors import ArgumentError
+from latte_flow.model.context import check_chat_template, tokenize_prompts
 from latte_flow.model.images import grid_scale, make_grid, to_pil
 from latte_flow.model.pipeline import LatteFlowPipeline
 from latte_flow.model.sampling import image_seeds
@@ -33,7 +33,7 @@ from latte_flow.training.checkpoint.opening import WEIGHTS, RemovedError, find_c
 from latte_flow.training.distributed.collectives import agree, gather, is_first_rank
 from latte_flow.training.distributed.ranks import launched_ranks
 from latte_flow.training.distributed.rendezvous import INIT_METHOD
-from latte_flow.training.errors import UserError
+from latte_flow.training.errors import UserError, naming
 from latte_flow.training.monitor.progress import hide_library_bars, progress_bar
 
 GRID_IMAGES = 100
@@ -103,7 +103,6 @@ def sample(
     rank, world_size = launched_ranks()
     if world_size > 1:
         launched_ranks("MASTER_ADDR", "MASTER_PORT")
-    if world_size > 1:
         # Ranks exchange only lines of text, at the end.
         dist.init_process_group("gloo", init_method=INIT_METHOD, timeout=timedelta(hours=4))
     hide_library_bars()
@@ -121,11 +120,11 @@ def sample(
         "align_to_experts": align_to_experts,
         "allow_skipped_experts": allow_skipped_experts,
     }
-    try:  # before the folder is made
+    with naming():  # before the folder is made
         look_up(SOLVERS, solver, "solver")
         make_timesteps(pipeline.model.experts, pipeline.model.config.num_image_tokens, **sampler)
-    except ArgumentError as error:
-        raise UserError(str(error)) from error
+        check_chat_template(pipeline.tokenizer)
+        tokenize_prompts(pipeline.tokenizer, pipeline.messages(conditions))
     total = num_images or len(conditions)
     folder.mkdir(parents=True, exist_ok=True)
     batches = [range(first, min(first + batch_size, total)) for first in range(0, total, batch_size)][rank::world_size]

@@ -22,6 +22,7 @@ from latte_flow.model.activation_checkpointing import checkpoint_activations
 from latte_flow.model.backbone import checkpoint_folder, fingerprint, load_tokenizer, load_vlm, read_vlm_config
 from latte_flow.model.codecs import LatentCodec, codec_checkpoint, load_codec
 from latte_flow.model.configuration import LatteFlowConfig
+from latte_flow.model.context import check_text
 from latte_flow.model.files import loading
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.model.settings import read_settings
@@ -169,6 +170,7 @@ def describe_run(model: LatteFlowModel, images: Images, ranks: Ranks, layout: Ba
 
 def tiny_vlm_parts(config: TrainingConfig, images: Images) -> tuple[Qwen2VLConfig, PreTrainedTokenizerFast]:
     """Return the configuration and the tokenizer of the tiny VLM of a run without ``vlm.path``."""
+    check_text([config.data.null_prompt])
     texts = itertools.chain(images.prompts, [config.data.null_prompt])
     tokenizer = build_tiny_tokenizer(texts, config.vlm.tiny.vocab_size)
     sizes = {name: value for name, value in vars(config.vlm.tiny).items() if name not in ("vocab_size", "seed")}

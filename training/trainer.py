@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from latte_flow.model.context import tokenize_prompts
+from latte_flow.model.context import check_chat_template
 from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.training.checkpoint.manifest import CHECKPOINTS_FOLDER, step_name
 from latte_flow.training.checkpoint.store import CheckpointStore
@@ -101,7 +101,7 @@ class Trainer:
         components = build_components(config, images, components_folder(config, self.origin or initial))
         check_files(config, data_record, own=False)
         with naming():  # here: the prompts are read later, some of them during the training
-            tokenize_prompts(components.tokenizer, [config.data.null_prompt])
+            check_chat_template(components.tokenizer)
         self.layout = make_batch_layout(config, world_size=self.ranks.data_size, rank=self.ranks.data_rank)
         for kind in kinds.values():
             kind.check(config, components.model_config, self.layout)

@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 
 from latte_flow.model.backbone import load_tokenizer, read_vlm_config
 from latte_flow.model.configuration import load_network_config
-from latte_flow.model.context import tokenize_prompts
+from latte_flow.model.context import check_chat_template, tokenize_prompts, truncate_prompts
+from latte_flow.model.errors import ArgumentError
 from latte_flow.model.files import copy_settings, read_index
 from latte_flow.model.pipeline import LatteFlowPipeline
 from latte_flow.model.tiny_vlm import build_tiny_tokenizer
@@ -199,9 +200,26 @@ def test_a_tensor_of_another_kind_is_named(tmp_path, kind):
 )
 def test_a_chat_template_that_fails_or_writes_nothing(template, message):
     tokenizer = build_tiny_tokenizer(["a cat"], 512)
+    check_chat_template(tokenizer)
     tokenizer.chat_template = template
-    with pytest.raises(ValueError, match=message):
-        tokenize_prompts(tokenizer, ["a cat"])
+    for read in (check_chat_template, lambda tokenizer: tokenize_prompts(tokenizer, ["a cat"])):
+        with pytest.raises(ArgumentError, match=message):
+            read(tokenizer)
+
+
+def test_a_chat_template_that_writes_too_much_is_not_tokenized(monkeypatch):
+    tokenizer = build_tiny_tokenizer(["a cat"], 512)
+    tokenizer.chat_template = "{{ 'x' * 2000000 }}"
+    monkeypatch.setattr(type(tokenizer), "encode", None)
+    with pytest.raises(ArgumentError, match="chat template: writes 2000000 characters; accepted: 1048576"):
+        check_chat_template(tokenizer)
+
+
+@pytest.mark.parametrize("limit", [None, 4])
+def test_a_prompt_that_is_not_utf8_is_refused(limit):
+    tokenizer, prompt = build_tiny_tokenizer(["a cat"], 512), b"caf\xe9".decode(errors="surrogateescape")
+    with pytest.raises(ArgumentError, match=r"prompts: got 'caf\\udce9'; accepted: text in UTF-8"):
+        tokenize_prompts(tokenizer, truncate_prompts(tokenizer, [prompt], limit))
 
 
 # --- what the operating system refuses --------------------------------------------------------------------------------------
@@ -256,7 +274,7 @@ LAUNCH = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127
     [
         ({"WORLD_SIZE": None}, "WORLD_SIZE not set"),
         ({"RANK": None}, "RANK not set"),
-        ({"MASTER_ADDR": None, "MASTER_PORT": None}, "MASTER_ADDR, MASTER_PORT not set"),
+        ({"LOCAL_RANK": None, "MASTER_PORT": None}, "LOCAL_RANK, MASTER_PORT not set"),
         ({"RANK": "x", "LOCAL_RANK": "-1"}, "RANK, LOCAL_RANK out of range"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT out of range"),
         ({"RANK": "1"}, "RANK out of range"),

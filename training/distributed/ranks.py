@@ -85,7 +85,7 @@ def launched_ranks(*more: str) -> tuple[int, int]:
     if rank is world_size is None:
         return 0, 1
     needed = ("RANK", "WORLD_SIZE", *more)
-    given = {name: value for name in (*needed, "LOCAL_RANK") if (value := os.environ.get(name))}
+    given = {name: value for name in dict.fromkeys((*needed, "LOCAL_RANK")) if (value := os.environ.get(name))}
     missing = [name for name in needed if name not in given]
     wrong = [name for name, value in given.items() if name != "MASTER_ADDR" and not NUMBER.fullmatch(value)]
     if missing or wrong or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
@@ -103,7 +103,7 @@ def start_alone_without_launcher() -> None:
     Raises:
         UserError: see ``launched_ranks``.
     """
-    launched_ranks("MASTER_ADDR", "MASTER_PORT")
+    launched_ranks("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" in os.environ:
         return
     with socket.socket() as probe:

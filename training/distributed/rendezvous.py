@@ -64,7 +64,12 @@ def host_store(host: str, port: int, **options) -> dist.TCPStore:
 
 def _listen(host: str, port: int) -> socket.socket | None:
     """Return a socket that listens on the address of a host, or None if it has none that the other ranks can use."""
-    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR: {host}: {error.strerror}; accepted: a name or address of rank 0's machine"
+        ) from error
     # Debian resolves a machine's own name to 127.0.1.1, which other nodes cannot reach.
     if ipaddress.ip_address(address[0]).is_loopback and not _is_loopback(host) and not _all_ranks_are_here():
         return None
