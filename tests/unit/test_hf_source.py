@@ -6,6 +6,7 @@ import socket
 from types import SimpleNamespace
 
 import datasets
+import huggingface_hub
 import pytest
 
 from latte_flow.tools.encode_latents import encode_latents
@@ -138,7 +139,12 @@ def test_latents_are_encoded_from_a_split(root, tmp_path):
 # --- the hub ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_name_on_the_hub_offline_is_one_clear_line():
+def test_a_name_on_the_hub_offline_is_one_clear_line(monkeypatch):
+    for library in (
+        datasets.config,
+        huggingface_hub.constants,
+    ):  # otherwise the connection is tried again for 20 seconds
+        monkeypatch.setattr(library, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"^data\.path: nobody/nothing: Couldn't reach 'nobody/nothing' on the Hub"):
         load_image_dataset(config("hf", "nobody/nothing"))
 
