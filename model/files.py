@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @contextmanager
 def reading(path: str | Path, verdict: str = "damaged or in another format") -> Iterator[None]:
-    """Turn what a library raises about a file that is missing, damaged or malicious into a ValueError that names the file.
+    """Turn what a library raises about a file that is missing, damaged or malicious into an ArgumentError that names it.
 
     Only around what reads the file: libraries raise any kind of error about a damaged one, and a bug would look the same.
     """
@@ -57,7 +57,7 @@ def read_json(file: Path, check: Callable[[Any], T], verdict: str = "damaged") -
         verdict: what the message says of such a file.
 
     Raises:
-        ValueError: when the file is missing, cannot be read, is not JSON, or its content is refused; it names the file.
+        ArgumentError: when the file is missing, cannot be read, is not JSON, or its content is refused; it names the file.
     """
     with reading(file, verdict):
         return check(json.loads(file.read_text(encoding="utf-8")))
@@ -181,7 +181,7 @@ def check_sizes(settings: Any, name: str = "") -> None:
         name: of the field.
 
     Raises:
-        ValueError: names the field.
+        ArgumentError: names the field.
     """
     if isinstance(settings, dict):
         for key, value in settings.items():

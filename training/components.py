@@ -155,9 +155,8 @@ def build_model(
     return model
 
 
-def describe_run(model: LatteFlowModel, images: Images, ranks: Ranks, layout: BatchLayout) -> str:
-    """Return two lines: the network being trained, and its data and batch layout."""
-    trained = sum(ranks.whole_size(name, p) for name, p in model.named_parameters() if p.requires_grad)
+def describe_run(model: LatteFlowModel, trained: int, images: Images, ranks: Ranks, layout: BatchLayout) -> str:
+    """Return two lines: the network being trained and its number of trained parameters, and its data and batch layout."""
     whom = "ranks" if ranks.tensor_size == 1 else f"sets of {ranks.tensor_size} tensor-parallel ranks"
     experts = model.experts
     return (

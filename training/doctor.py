@@ -15,8 +15,10 @@ from latte_flow.model.latte_flow import LatteFlowModel
 from latte_flow.training.components import Images
 from latte_flow.training.configs.fields import TrainingConfig
 from latte_flow.training.data.latents.dataset import LatentDataset
+from latte_flow.training.data.latents.writer import UNIT_STD
 from latte_flow.training.distributed.collectives import print_once
 from latte_flow.training.distributed.ranks import Ranks
+from latte_flow.training.optimizer import BYTES_PER_PARAMETER
 
 FULL_SIZE = 100_000_000
 """Trained parameters from which a run is compared with the recipe of the paper."""
@@ -25,10 +27,6 @@ RECIPE_BATCH, RECIPE_LR = 2048, 5e-4
 LR_FACTOR = 4.0
 RECIPE_RESOLUTION, RECIPE_PARAMETERS = 256, {"couple": 1.58e9, "blend": 2.93e9}
 """Trained parameters of the presets for ImageNet, couple_imagenet256 and blend_imagenet256."""
-UNIT_STD = (0.5, 2.0)
-"""The deviation of latents that fits noise of unit variance."""
-BYTES_PER_TRAINED = 16
-"""In a checkpoint: float32 master weight, two moments and average."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ def _checkpoint_interval(config: TrainingConfig, facts: Facts) -> str | None:
 
 
 def _disk(config: TrainingConfig, facts: Facts) -> str | None:
-    size = facts.trained * BYTES_PER_TRAINED + facts.weights_bytes
+    size = facts.trained * BYTES_PER_PARAMETER + facts.weights_bytes
     kept = config.checkpoint.keep_last or config.max_steps // config.checkpoint.every
     needed = (kept + 1) * size  # the oldest is removed after the newest is written
     folder = Path(config.output_dir).absolute()

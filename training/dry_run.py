@@ -25,12 +25,11 @@ from latte_flow.training.distributed.ranks import data_parallel_size
 from latte_flow.training.doctor import examine, facts_of
 from latte_flow.training.errors import UserError
 from latte_flow.training.objectives.base import Counts, MetaParts, find_objectives, freeze_unreached
+from latte_flow.training.optimizer import BYTES_PER_PARAMETER
 
 META = torch.device("meta")
 GIB = 2**30
 OPTIMIZER = "optimizer (master weights, moments, average)"
-OPTIMIZER_BYTES = 16
-"""Bytes per parameter of the float32 master weight, AdamW's two moments and the average; sharded over the ranks."""
 USABLE = 0.9
 """Part of a GPU's memory that the counts may take. The rest is for transient buffers, CUDA and fragmentation."""
 RANKS_PER_NODE = 8
@@ -270,7 +269,7 @@ def count_model_memory(
     return {
         "weights": sum(p.numel() for p in model.parameters()) * width / (shards if zero.stage == 3 else 1),
         "gradients": trained * gradient_width / (shards if zero.stage >= 2 else 1),
-        OPTIMIZER: trained * OPTIMIZER_BYTES / shards,
+        OPTIMIZER: trained * BYTES_PER_PARAMETER / shards,
         "communication buckets": zero.reduce_bucket_size * (2 if zero.overlap_comm else 1) * width,
     }
 

@@ -19,6 +19,8 @@ from latte_flow.training.distributed.zero import master_shards, refresh_model_we
 
 EMA_KEY = "ema"
 """Name of the average in the optimizer's state, beside exp_avg and exp_avg_sq."""
+BYTES_PER_PARAMETER = 16
+"""Of the float32 master weight, AdamW's two moments and the average of a trained parameter; sharded over the ranks."""
 
 
 class AdamWWithEMA(torch.optim.AdamW):

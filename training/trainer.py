@@ -115,7 +115,7 @@ class Trainer:
         if self.rank == 0:
             write_components(config, components, model)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=self.ranks.mpu)
-        if initial is not None:
+        if initial is not None and config.precision == "bf16":
             initial.write_master_weights(self.engine)
         self.model: LatteFlowModel = self.engine.module
         self._make_monitors()
@@ -123,8 +123,8 @@ class Trainer:
         if self.rank == 0:
             record_start(config, data_record, self.step)
         self.writer = MetricsWriter(self.output_dir, self.step, self.objectives.cards) if self.rank == 0 else None
-        print_once(describe_run(self.model, images, self.ranks, self.layout))
         self.doctor = Doctor(config, self.model, self.ranks, images)
+        print_once(describe_run(self.model, self.doctor.facts.trained, images, self.ranks, self.layout))
         self.doctor.examine()
 
     def _make_monitors(self) -> None:

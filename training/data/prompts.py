@@ -117,8 +117,7 @@ class PromptTokens:
             (ids,) = tokenize_prompts(self._tokenizer, [text])["input_ids"]
             if not self.length or limit is None or len(ids) <= self.length:
                 break
-            limit -= (
-                len(ids) - self.length
-            )  # a truncated text may have more tokens again, and the chat format adds some
+            # A truncated text may have more tokens again, and the chat format adds some.
+            limit -= len(ids) - self.length
         self.truncated += text != prompt
         return ids.int()

@@ -1,6 +1,7 @@
 """Images with captions or classes in an Arrow table, which ``datasets`` reads from any of its formats."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ VALIDATED_FOLDER = "latte_flow_validated"
 """Folder in the cache of ``datasets``: an empty file for each table that was validated."""
 
 
-class ArrowSource:
+class ArrowSource(ABC):
     """A kind of data set that ``datasets`` reads into an Arrow table; ``load`` makes a training data set of it.
 
     Attributes:
@@ -35,21 +36,21 @@ class ArrowSource:
         """Return whether there is anything at data.path."""
         return Path(path).exists()
 
+    @abstractmethod
     def find_files(self, path: Path) -> list[Path]:
         """Return the files of the data set.
 
         Raises:
             UserError: when the path holds none.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, config: DataConfig, path: Path, files: list[Path]) -> tuple[Any, str]:
         """Return the table (a ``datasets.Dataset``) and the fingerprint of the data.
 
         Raises:
             Exception: of any type, when a file is damaged.
         """
-        raise NotImplementedError
 
     def suspects(self, files: list[Path]) -> list[Path]:
         """Return the files that may have caused an error of ``read``."""
@@ -133,7 +134,7 @@ def _validate_once(table: Any, digest: str, folder: Path) -> None:
     """Check that a table's columns are intact: damaged offsets point anywhere in memory. Reads every caption.
 
     An empty file in ``folder`` records it for the table's files as they are. A file of another size or modification time is
-    checked again; one rank checks, the others wait for it.
+    checked again; one rank checks, the others wait for it. Where nothing can be recorded, every start checks.
 
     Raises:
         pyarrow.ArrowInvalid: when a column is damaged.
@@ -150,7 +151,7 @@ def _validate_once(table: Any, digest: str, folder: Path) -> None:
                 return
             table.data.validate(full=True)
             mark.touch()
-    except (OSError, NotImplementedError):  # a read-only cache, or one without locks: checked at every start
+    except (OSError, NotImplementedError):  # filelock's, on a file system without locks; or a read-only cache
         table.data.validate(full=True)
 
 
